@@ -1,0 +1,157 @@
+"""The recipe as typed data: every section and key a recipe may have, with defaults and bounds.
+
+Sections are frozen and refuse unknown keys. Checks that need more than one key live in ``checks.py``; reading files,
+``base:`` recipes and overrides in ``resolve.py``. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A group of recipe keys: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Architecture. GPT-2 and Llama are settings of one transformer layer."""
+
+    family: Literal["gpt"] = "gpt"
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    num_query_groups: int | None = Field(None, ge=1, description="key/value heads; unset: num_attention_heads")
+    head_dim: int | None = Field(None, ge=1, description="unset: hidden_size / num_attention_heads")
+    ffn_hidden_size: int | None = Field(None, ge=1, description="unset: 4h, or 8h/3 rounded up to 64 for swiglu")
+    seq_length: int = Field(1024, ge=1, description="tokens a sample, and the longest context")
+    vocab_size: int | None = Field(None, ge=1, description="unset: the tokenizer's")
+    make_vocab_size_divisible_by: int = Field(128, ge=1, description="padding of the embedding rows")
+    position: Literal["learned", "rotary"] = "learned"
+    rotary_base: float = Field(10000.0, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = Field(1e-5, gt=0)
+    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field("gelu", description="gelu: the tanh form of GPT-2")
+    bias: bool = Field(True, description="biases in linear layers")
+    tie_embeddings: bool = True
+    init_std: float = Field(0.02, gt=0)
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    attention: Literal["auto", "sdpa", "fused", "reference"] = "auto"
+
+
+class WeightedPrefix(Section):
+    """One part of a blend."""
+
+    prefix: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DataSection(Section):
+    """Indexed data sets (prefix without .bin/.idx): one path with a split, or separate train/valid/test."""
+
+    path: str | tuple[WeightedPrefix, ...] | None = None
+    split: str = Field("969,30,1", description="shares of train, valid and test documents of `path`")
+    train: str | tuple[WeightedPrefix, ...] | None = None
+    valid: str | tuple[WeightedPrefix, ...] | None = None
+    test: str | tuple[WeightedPrefix, ...] | None = None
+    mask_documents: bool = Field(False, description="no attention across document boundaries inside a sample")
+    num_workers: int = Field(0, ge=0, description="loader processes a rank")
+
+
+class TrainSection(Section):
+    """Length, batch and arithmetic of training."""
+
+    steps: int = Field(1000, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
+    global_batch_size: int | None = Field(None, ge=1, description="unset: micro_batch_size x data-parallel size")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it")
+    clip_grad: float = Field(1.0, ge=0, description="0 switches clipping off")
+    recompute: Literal["none", "full"] = Field("none", description="activation checkpointing of each layer")
+    engine: Literal["auto", "deepspeed", "plain"] = Field(
+        "auto", description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step"
+    )
+    compile: bool = False
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1.5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
+
+
+class ScheduleSection(Section):
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: int | None = Field(None, ge=1, description="unset: train.steps; wsd: length of the final decay")
+    min_lr: float = Field(0.0, ge=0)
+
+
+class ParallelSection(Section):
+    """How ranks are laid out; data-parallel size is what is left."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: Literal[1] = 1
+    zero: Literal[0, 1] = Field(1, description="ZeRO stage of the optimizer state")
+
+
+class CheckpointSection(Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(3, ge=0, description="0 keeps all")
+    resume: Literal["auto", "never"] | str = Field("auto", description="auto, never, or a checkpoint folder")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="of model/; auto: fp32 master weights")
+
+
+class EvaluateSection(Section):
+    """Validation during training, and `mlm evaluate`."""
+
+    every: int = Field(1000, ge=0, description="0: never during training")
+    batches: int = Field(50, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+
+
+class LogSection(Section):
+    every: int = Field(10, ge=1)
+    tensorboard: bool = Field(True, description="written when the package is installed")
+
+
+class TaskSection(Section):
+    """What `mlm finetune` learns. One file per kind in mlm_cli/tasks/."""
+
+    name: Literal["classification"] = "classification"
+    train: str = Field(description=".tsv, .csv or .jsonl (also .gz)")
+    dev: str
+    text_column: str | int = "text"
+    text_pair_column: str | int | None = None
+    label_column: str | int = "label"
+    header: bool | None = Field(None, description=".tsv/.csv: unset guesses from the column names asked for")
+    labels: tuple[str, ...] | None = Field(None, description="unset: those in the train file, sorted")
+    max_length: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, description="instead of train.steps")
+    metric: Literal["accuracy", "f1"] = Field("accuracy", description="which checkpoint is best")
+
+
+class Recipe(Section):
+    """A whole recipe. `model` is read from `init_from` when that is set (finetune)."""
+
+    base: str | None = None
+    description: str | None = None
+    model: ModelSection = ModelSection()
+    init_from: str | None = Field(None, description="run, checkpoint or Hugging Face folder to start from")
+    tokenizer: str | None = None
+    data: DataSection = DataSection()
+    task: TaskSection | None = None
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    log: LogSection = LogSection()
+    seed: int = Field(1234, ge=0, lt=2**63)
+    output: str | None = None

@@ -1,0 +1,61 @@
+"""Joining and leaving the process group: the one place that reads the launcher's environment variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Env:
+    """Who this process is. ``local_rank`` counts inside one machine and picks the GPU."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this local rank where there is one (``MLM_DEVICE=cpu`` refuses it), else the CPU."""
+    import torch
+
+    if os.environ.get("MLM_DEVICE", "auto") != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def init(*, timeout_seconds: float = 1800.0) -> Env:
+    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; alone, join nothing.
+
+    One rank needs no group: collectives over a group of size 1 are identities (``parallel.context.Group``).
+    """
+    import torch
+
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = pick_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    return Env(rank, world_size, local_rank, device)
+
+
+def shutdown() -> None:
+    """Leave the process group if one was joined."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
