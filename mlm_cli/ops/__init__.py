@@ -1,0 +1,29 @@
+"""Fused operators behind plain functions: a compiled kernel where one was built, else the plain-torch reference.
+
+Every function here has the same meaning, autograd included, on either backend; ``status()`` says which one runs and why.
+``MLM_OPS=reference`` forces the references.
+"""
+
+from __future__ import annotations
+
+from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
+from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
+from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
+from mlm_cli.ops.optimizer import adamw_
+from mlm_cli.ops.registry import status
+from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax
+
+__all__ = [
+    "adamw_",
+    "bias_gelu",
+    "bias_gelu_erf",
+    "cross_entropy_grad_",
+    "cross_entropy_stats",
+    "layer_norm",
+    "residual_norm",
+    "rms_norm",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
+    "status",
+    "swiglu",
+]
