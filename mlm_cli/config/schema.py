@@ -6,7 +6,7 @@ Sections are frozen and refuse unknown keys. Checks that need more than one key 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -77,10 +77,15 @@ class TrainSection(Section):
     compile: bool = False
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
+    """AdamW as torch defines it (decoupled decay)."""
+
     name: Literal["adamw"] = "adamw"
     lr: float = Field(1.5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
 
@@ -108,11 +113,37 @@ class CheckpointSection(Section):
 
 
 class EvaluateSection(Section):
-    """Validation during training, and `mlm evaluate`."""
+    """Validation during training (`every`, `batches`), and `mlm evaluate` (the rest)."""
 
     every: int = Field(1000, ge=0, description="0: never during training")
     batches: int = Field(50, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="unset: that of `train`")
+    tasks: tuple[str, ...] = Field((), description="`mlm evaluate --task`")
+    data: tuple[str, ...] = Field((), description="`mlm evaluate --data`")
+    stride: int | None = Field(None, ge=1, description="`mlm evaluate --stride`")
+    limit: int | None = Field(None, ge=1, description="`mlm evaluate --limit`")
+
+
+class GenerateSection(Section):
+    """Sampling of `mlm generate`; its flags win over these keys."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_k: int = Field(0, ge=0, description="0 keeps every token")
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: tuple[str, ...] = ()
+    batch_size: int = Field(8, ge=1)
+
+
+class PreprocessSection(Section):
+    """Input and reading of `mlm preprocess`; its flags win over these keys. `tokenizer` and `output` are the recipe's own."""
+
+    inputs: tuple[str, ...] = Field((), description="files, folders, globs or a Hub data set")
+    workers: int | None = Field(None, ge=1, description="unset: one a core")
+    append_eod: bool = True
+    json_key: str = "text"
+    on_bad_line: Literal["stop", "skip"] = "stop"
 
 
 class LogSection(Section):
@@ -152,6 +183,8 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
+    generate: GenerateSection = GenerateSection()
+    preprocess: PreprocessSection = PreprocessSection()
     log: LogSection = LogSection()
     seed: int = Field(1234, ge=0, lt=2**63)
     output: str | None = None

@@ -1,0 +1,202 @@
+"""Checks that need more than one key of a recipe, or the number of ranks. Each names its keys and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlm_cli.config.derived import (
+    ffn_hidden_size,
+    head_dim,
+    model_parallel_size,
+    num_query_groups,
+    padded_vocab_size,
+)
+from mlm_cli.config.mistakes import Mistake
+from mlm_cli.config.schema import DataSection, Recipe
+
+TRAINING_VERBS = ("pretrain", "finetune")
+
+
+def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[Mistake]:
+    """Every mistake that ``verb`` would meet with this recipe.
+
+    Args:
+        recipe: a recipe whose keys are each valid by themselves.
+        verb: ``pretrain``, ``finetune``, ``plan`` (a pretraining recipe whose data need not be there yet), ``evaluate``
+            or ``generate``.
+        world_size: ranks that will run; None when not yet known, which leaves out what depends on it.
+    """
+    found: list[Mistake] = []
+    if verb in ("pretrain", "plan"):
+        found += _shapes(recipe)
+    if verb in (*TRAINING_VERBS, "plan"):
+        found += _schedule(recipe)
+    if verb == "pretrain":
+        found += _data(recipe.data)
+        found += _tokenizer(recipe)
+    if verb == "finetune":
+        found += _task(recipe)
+    if verb in TRAINING_VERBS and recipe.output is None:
+        found.append(
+            Mistake(("output",), "`output` is not set: there is no folder for the run", "add `--output runs/NAME`")
+        )
+    if world_size is not None:
+        found += _layout(recipe, verb, world_size)
+    return found
+
+
+def _shapes(recipe: Recipe) -> Iterator[Mistake]:
+    model, tensor = recipe.model, recipe.parallel.tensor
+    heads, groups = model.num_attention_heads, num_query_groups(model)
+    if model.head_dim is None and model.hidden_size % heads:
+        yield Mistake(
+            ("model.num_attention_heads", "model.hidden_size"),
+            f"`model.hidden_size` {model.hidden_size} cannot be divided into `model.num_attention_heads` {heads} heads",
+            f"use {_nearest_divisor(model.hidden_size, heads)} heads, or set `model.head_dim`",
+        )
+    elif model.position == "rotary" and head_dim(model) % 2:
+        yield Mistake(
+            ("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
+            f"rotary positions need an even head size; it is {head_dim(model)}",
+            "choose another number of heads, or `model.position=learned`",
+        )
+    if heads % groups:
+        yield Mistake(
+            ("model.num_query_groups", "model.num_attention_heads"),
+            f"`model.num_attention_heads` {heads} is not a multiple of `model.num_query_groups` {groups}",
+            f"use {_nearest_divisor(heads, groups)} query groups",
+        )
+    sliced = [
+        ("model.num_attention_heads", heads),
+        ("model.num_query_groups", groups),
+        ("model.ffn_hidden_size", ffn_hidden_size(model)),
+    ]
+    for key, size in sliced:
+        if size % tensor and (key != "model.num_query_groups" or groups != heads):
+            yield Mistake(
+                ("parallel.tensor", key),
+                f"`{key}` {size} cannot be sliced over `parallel.tensor` {tensor} ranks",
+                f"use `parallel.tensor={_nearest_divisor(size, tensor)}`",
+            )
+    if model.vocab_size is not None:
+        padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
+        if padded % tensor:
+            yield Mistake(
+                ("parallel.tensor", "model.make_vocab_size_divisible_by", "model.vocab_size"),
+                f"the padded vocabulary of {padded} rows cannot be sliced over `parallel.tensor` {tensor} ranks",
+                f"use `model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by * tensor}`",
+            )
+
+
+def _schedule(recipe: Recipe) -> Iterator[Mistake]:
+    train, schedule = recipe.train, recipe.schedule
+    if schedule.warmup_steps >= train.steps and not (recipe.task and recipe.task.epochs):
+        yield Mistake(
+            ("schedule.warmup_steps", "train.steps"),
+            f"`schedule.warmup_steps` {schedule.warmup_steps} leaves nothing of `train.steps` {train.steps}",
+            f"use `schedule.warmup_steps={train.steps // 100}` or more steps",
+        )
+    elif schedule.decay == "wsd" and (schedule.decay_steps or 0) + schedule.warmup_steps > train.steps:
+        yield Mistake(
+            ("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
+            f"warm-up {schedule.warmup_steps} and final decay {schedule.decay_steps} are longer than `train.steps` {train.steps}",
+            f"use `schedule.decay_steps={max(1, train.steps // 10)}`",
+        )
+    if schedule.min_lr > recipe.optimizer.lr:
+        yield Mistake(
+            ("schedule.min_lr", "optimizer.lr"),
+            f"`schedule.min_lr` {schedule.min_lr:g} is above `optimizer.lr` {recipe.optimizer.lr:g}",
+            f"use `schedule.min_lr={recipe.optimizer.lr / 10:g}`",
+        )
+
+
+def _data(data: DataSection) -> Iterator[Mistake]:
+    separate = [name for name in ("train", "valid", "test") if getattr(data, name) is not None]
+    if data.path is None and data.train is None:
+        yield Mistake(
+            ("data.path", "data.train"),
+            "no training data: neither `data.path` nor `data.train` is set",
+            "make some with `mlm preprocess`, then add `data.path=PREFIX`",
+        )
+    elif data.path is not None and separate:
+        yield Mistake(
+            (f"data.{separate[0]}", "data.path"),
+            f"`data.path` and `data.{separate[0]}` are both set",
+            f"one path with a `data.split`, or separate files: `data.path=null` or `data.{separate[0]}=null`",
+        )
+    for name in ("path", "train", "valid", "test"):
+        if getattr(data, name) in ("", ()):
+            yield Mistake((f"data.{name}",), f"`data.{name}` is empty", "give the prefix that `mlm preprocess` wrote")
+    if data.path is not None:
+        yield from _split(data.split)
+
+
+def _split(split: str) -> Iterator[Mistake]:
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or any(not 0 <= share < float("inf") for share in shares) or not shares[0] > 0:
+        yield Mistake(
+            ("data.split",),
+            f"`data.split` is `{split}`; it must be up to three shares, the first above 0",
+            "for example `data.split=969,30,1`",
+        )
+
+
+def _tokenizer(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.tokenizer is None:
+        yield Mistake(
+            ("tokenizer",),
+            "`tokenizer` is not set",
+            "name the tokenizer the data was made with: `tokenizer=PATH_OR_NAME` (it travels with the model)",
+        )
+
+
+def _task(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.task is None:
+        yield Mistake(
+            ("task",), "`task` is not set: nothing to fine-tune on", "start from `mlm recipe show finetune/sst2`"
+        )
+    if recipe.init_from is None:
+        yield Mistake(
+            ("init_from",),
+            "`init_from` is not set: no model to start from",
+            "add `init_from=RUN`, a pretrained run or folder",
+        )
+
+
+def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
+    model_size = model_parallel_size(recipe)
+    keys = ("parallel.tensor", "parallel.pipeline")
+    if world_size % model_size:
+        if world_size < model_size:
+            message = f"`parallel.tensor` {recipe.parallel.tensor} needs {model_size} ranks, and there is {world_size}"
+            hint = f"add `--nproc {model_size}`, or use `parallel.tensor={world_size}`"
+        else:
+            message = f"{world_size} ranks are not a multiple of the {model_size} that hold one model"
+            hint = f"use `--nproc {world_size // model_size * model_size}` or `{(world_size // model_size + 1) * model_size}`"
+        yield Mistake(keys, message, hint)
+        return
+    if verb not in (*TRAINING_VERBS, "plan"):
+        return
+    data, micro, whole = world_size // model_size, recipe.train.micro_batch_size, recipe.train.global_batch_size
+    if whole is not None and whole % (micro * data):
+        down = max(1, whole // (micro * data)) * micro * data
+        yield Mistake(
+            ("train.global_batch_size", "train.micro_batch_size"),
+            f"`train.global_batch_size` {whole} is not a multiple of `train.micro_batch_size` {micro} x {data} data ranks",
+            f"use `train.global_batch_size={down}`, or another micro-batch size",
+        )
+    if recipe.train.engine == "plain" and data > 1:
+        yield Mistake(
+            ("train.engine",),
+            f"`train.engine` plain does not average gradients, and there are {data} data ranks",
+            "use `train.engine=auto`",
+        )
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of ``size`` nearest to ``wanted``."""
+    divisors = [candidate for candidate in range(1, size + 1) if size % candidate == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

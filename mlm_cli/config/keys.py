@@ -1,0 +1,91 @@
+"""The dotted keys of the schema: what they are, which hold paths, and which one a mistyped key meant."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from mlm_cli.config.schema import Recipe
+
+# Keys that hold files, folders or prefixes. Those of the second kind may also hold a name (Hub, `bytes`, `auto`) and
+# are made absolute only if something by that name is there.
+PATH_KEYS = ("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data")
+PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
+
+# What the same thing is called elsewhere: Megatron-LM, transformers, DeepSpeed, litgpt.
+_FOREIGN = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "tensor_parallel": "parallel.tensor",
+    "tp": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "zero_stage": "parallel.zero",
+    "zero_optimization": "parallel.zero",
+    "train_iters": "train.steps",
+    "max_steps": "train.steps",
+    "iterations": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "batch_size": "train.micro_batch_size",
+    "train_batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "learning_rate": "optimizer.lr",
+    "max_lr": "optimizer.lr",
+    "lr_warmup_iters": "schedule.warmup_steps",
+    "warmup": "schedule.warmup_steps",
+    "lr_decay_style": "schedule.decay",
+    "lr_scheduler_type": "schedule.decay",
+    "max_grad_norm": "train.clip_grad",
+    "gradient_checkpointing": "train.recompute",
+    "dtype": "train.precision",
+    "bf16": "train.precision",
+    "save_interval": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "eval_interval": "evaluate.every",
+    "max_position_embeddings": "model.seq_length",
+    "block_size": "model.seq_length",
+    "n_layer": "model.num_layers",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "num_key_value_heads": "model.num_query_groups",
+    "output_dir": "output",
+    "save": "output",
+}
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside a field's annotation, if it is one."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+@cache
+def all_keys() -> tuple[str, ...]:
+    """Every leaf key of the schema, dotted."""
+    keys: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = section_of(field.annotation)
+        keys += [f"{name}.{inner}" for inner in section.model_fields] if section else [name]
+    return tuple(keys)
+
+
+def suggest(key: str) -> str | None:
+    """The key of the schema that ``key`` most likely meant, or None."""
+    section, _, last = key.rpartition(".")
+    if last in _FOREIGN:
+        return _FOREIGN[last]
+    inside = [known for known in all_keys() if known.rpartition(".")[0] == section]
+    sections = [name for name, field in Recipe.model_fields.items() if section_of(field.annotation)]
+    same_name = [known for known in all_keys() if known.rpartition(".")[2] == last]
+    by_last = {known.rpartition(".")[2]: known for known in all_keys()}
+    for candidates in (inside + (sections if not section else []), [*same_name, *all_keys()]):
+        close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.75)
+        if close:
+            return close[0]
+        if candidates is not inside and same_name:
+            return same_name[0]
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    return by_last[close[0]] if close else None

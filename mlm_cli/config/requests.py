@@ -1,0 +1,95 @@
+"""What `mlm evaluate` and `mlm generate` were asked to do, as plain values that travel from the command line to the job.
+
+A request is to these verbs what the recipe is to training. The command line fills it from the model, a recipe (if any)
+and the flags; the job reads it and nothing else. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+OutputFormat = Literal["text", "json"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Score ``model`` on ``tasks``.
+
+    Attributes:
+        model: run folder, checkpoint folder, Hugging Face folder or Hub name.
+        tasks: names such as ``perplexity`` and ``classification``.
+        data: text files or prefixes of indexed data sets (perplexity), or the labelled file (classification).
+        stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
+        batch_size: windows or examples scored at once on one rank. Never changes a score.
+        max_length: tokens of context; unset: the model's.
+        limit: score only the first so many documents or examples.
+        output: folder for ``results.json``; unset: ``MODEL/evaluate`` where that is a run folder, else nothing is written.
+        tensor: tensor-parallel size; the ranks left over share the data.
+        tokenizer: instead of the one beside the model.
+        task_keys: `task.*` recipe keys given by hand (columns, labels); the fine-tuned run's own recipe fills the rest.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    stride: int | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    limit: int | None = None
+    output: str | None = None
+    format: OutputFormat = "text"
+    seed: int = 1234
+    tensor: int = 1
+    precision: Precision = "auto"
+    tokenizer: str | None = None
+    task_keys: tuple[tuple[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the ``config`` part of ``results.json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Continue prompts with ``model``.
+
+    Attributes:
+        model: run folder, checkpoint folder, Hugging Face folder or Hub name.
+        prompts: texts given as ``--prompt``; empty: read ``prompts_file``, standard input or the terminal.
+        prompts_file: JSONL with ``prompt`` (or ``text``) and optionally ``id`` a line; ``-`` is standard input.
+        interactive: talk on the terminal until end of input.
+        max_new_tokens: tokens a prompt may grow by.
+        temperature: 0 is greedy.
+        top_k: 0 keeps every token.
+        top_p: 1 keeps every token.
+        repetition_penalty: 1 is none; over 1 makes what was already said less likely (CTRL, Keskar et al. 2019).
+        stop: generation ends before the first of these strings.
+        batch_size: prompts decoded at once. Never changes a greedy answer.
+        output: file that the answers go to instead of standard output.
+        tensor: tensor-parallel size; must be the number of ranks.
+        tokenizer: instead of the one beside the model.
+    """
+
+    model: str
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    interactive: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    batch_size: int = 8
+    output: str | None = None
+    format: OutputFormat = "text"
+    seed: int = 1234
+    tensor: int = 1
+    precision: Precision = "auto"
+    tokenizer: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the record of what was asked."""
+        return asdict(self)
