@@ -99,7 +99,7 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
     elif schedule.decay == "wsd" and (schedule.decay_steps or 0) + schedule.warmup_steps > train.steps:
         yield Mistake(
             ("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
-            f"warm-up {schedule.warmup_steps} and final decay {schedule.decay_steps} are longer than `train.steps` {train.steps}",
+            f"warm-up {schedule.warmup_steps} and decay {schedule.decay_steps} are longer than `train.steps` {train.steps}",
             f"use `schedule.decay_steps={max(1, train.steps // 10)}`",
         )
     if schedule.min_lr > recipe.optimizer.lr:
@@ -175,7 +175,8 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
             hint = f"add `--nproc {model_size}`, or use `parallel.tensor={world_size}`"
         else:
             message = f"{world_size} ranks are not a multiple of the {model_size} that hold one model"
-            hint = f"use `--nproc {world_size // model_size * model_size}` or `{(world_size // model_size + 1) * model_size}`"
+            fits = world_size // model_size * model_size
+            hint = f"use `--nproc {fits}` or `--nproc {fits + model_size}`"
         yield Mistake(keys, message, hint)
         return
     if verb not in (*TRAINING_VERBS, "plan"):
@@ -185,7 +186,7 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
         down = max(1, whole // (micro * data)) * micro * data
         yield Mistake(
             ("train.global_batch_size", "train.micro_batch_size"),
-            f"`train.global_batch_size` {whole} is not a multiple of `train.micro_batch_size` {micro} x {data} data ranks",
+            f"`train.global_batch_size` {whole} is not a multiple of micro-batch size {micro} x {data} data ranks",
             f"use `train.global_batch_size={down}`, or another micro-batch size",
         )
     if recipe.train.engine == "plain" and data > 1:

@@ -1,4 +1,4 @@
-"""What `mlm evaluate` and `mlm generate` were asked to do, as plain values that travel from the command line to the job.
+"""What `mlm evaluate` and `mlm generate` were asked to do: plain values from the command line to the job.
 
 A request is to these verbs what the recipe is to training. The command line fills it from the model, a recipe (if any)
 and the flags; the job reads it and nothing else. Nothing here imports torch.
@@ -25,7 +25,7 @@ class EvaluateRequest:
         batch_size: windows or examples scored at once on one rank. Never changes a score.
         max_length: tokens of context; unset: the model's.
         limit: score only the first so many documents or examples.
-        output: folder for ``results.json``; unset: ``MODEL/evaluate`` where that is a run folder, else nothing is written.
+        output: folder for ``results.json``; unset: ``MODEL/evaluate`` for a run folder, else none.
         tensor: tensor-parallel size; the ranks left over share the data.
         tokenizer: instead of the one beside the model.
         task_keys: `task.*` recipe keys given by hand (columns, labels); the fine-tuned run's own recipe fills the rest.

@@ -1,10 +1,10 @@
 """From what the user named to one typed recipe: files, ``base:`` chains, overrides, and every mistake at once.
 
-Precedence, weakest first: schema defaults, the ``base:`` recipe (and its own base), the recipe, ``KEY=VALUE`` overrides,
-flags such as ``--seed``. Sections merge key by key; lists and values replace; ``null`` puts a key back to its default.
-A relative path means the same in a recipe and on the command line: relative to the working directory, except ``base:``,
-which is looked for beside the recipe that names it. The resolved recipe holds absolute paths, so that the ``recipe.yaml``
-of a run folder is itself a recipe that works from anywhere.
+Precedence, weakest first: schema defaults, the ``base:`` recipe (and its own base), the recipe, ``KEY=VALUE``
+overrides, flags such as ``--seed``. Sections merge key by key; lists and values replace; ``null`` puts a key back to
+its default. A relative path means the same in a recipe and on the command line: relative to the working directory,
+except ``base:``, which is looked for beside the recipe that names it. The resolved recipe holds absolute paths, so
+that the ``recipe.yaml`` of a run folder is itself a recipe that works from anywhere.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def read_draft(spec: str | None, overrides: Sequence[str], overlay: Mapping[str,
     """Merge files, overrides and flags, without judging keys or values."""
     draft = Draft()
     if spec is not None:
-        for path in reversed(_base_chain(find_recipe(spec))):
-            _merge_file(draft, path)
+        for file in reversed(_base_chain(find_recipe(spec))):
+            _merge_file(draft, file)
     for text in overrides:
         _merge_override(draft, text)
     for key, value in (overlay or {}).items():

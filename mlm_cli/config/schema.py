@@ -21,25 +21,29 @@ class ModelSection(Section):
     """Architecture. GPT-2 and Llama are settings of one transformer layer."""
 
     family: Literal["gpt"] = "gpt"
-    num_layers: int = Field(12, ge=1)
-    hidden_size: int = Field(768, ge=1)
-    num_attention_heads: int = Field(12, ge=1)
-    num_query_groups: int | None = Field(None, ge=1, description="key/value heads; unset: num_attention_heads")
-    head_dim: int | None = Field(None, ge=1, description="unset: hidden_size / num_attention_heads")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="unset: 4h, or 8h/3 rounded up to 64 for swiglu")
-    seq_length: int = Field(1024, ge=1, description="tokens a sample, and the longest context")
-    vocab_size: int | None = Field(None, ge=1, description="unset: the tokenizer's")
-    make_vocab_size_divisible_by: int = Field(128, ge=1, description="padding of the embedding rows")
+    num_layers: int = Field(default=12, ge=1)
+    hidden_size: int = Field(default=768, ge=1)
+    num_attention_heads: int = Field(default=12, ge=1)
+    num_query_groups: int | None = Field(default=None, ge=1, description="key/value heads; unset: num_attention_heads")
+    head_dim: int | None = Field(default=None, ge=1, description="unset: hidden_size / num_attention_heads")
+    ffn_hidden_size: int | None = Field(
+        default=None, ge=1, description="unset: 4h, or 8h/3 rounded up to 64 for swiglu"
+    )
+    seq_length: int = Field(default=1024, ge=1, description="tokens a sample, and the longest context")
+    vocab_size: int | None = Field(default=None, ge=1, description="unset: the tokenizer's")
+    make_vocab_size_divisible_by: int = Field(default=128, ge=1, description="padding of the embedding rows")
     position: Literal["learned", "rotary"] = "learned"
-    rotary_base: float = Field(10000.0, gt=0)
+    rotary_base: float = Field(default=10000.0, gt=0)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = Field(1e-5, gt=0)
-    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field("gelu", description="gelu: the tanh form of GPT-2")
-    bias: bool = Field(True, description="biases in linear layers")
+    norm_eps: float = Field(default=1e-5, gt=0)
+    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
+        default="gelu", description="gelu: the tanh form of GPT-2"
+    )
+    bias: bool = Field(default=True, description="biases in linear layers")
     tie_embeddings: bool = True
-    init_std: float = Field(0.02, gt=0)
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    init_std: float = Field(default=0.02, gt=0)
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: Literal["auto", "sdpa", "fused", "reference"] = "auto"
 
 
@@ -47,32 +51,37 @@ class WeightedPrefix(Section):
     """One part of a blend."""
 
     prefix: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class DataSection(Section):
     """Indexed data sets (prefix without .bin/.idx): one path with a split, or separate train/valid/test."""
 
     path: str | tuple[WeightedPrefix, ...] | None = None
-    split: str = Field("969,30,1", description="shares of train, valid and test documents of `path`")
+    split: str = Field(default="969,30,1", description="shares of train, valid and test documents of `path`")
     train: str | tuple[WeightedPrefix, ...] | None = None
     valid: str | tuple[WeightedPrefix, ...] | None = None
     test: str | tuple[WeightedPrefix, ...] | None = None
-    mask_documents: bool = Field(False, description="no attention across document boundaries inside a sample")
-    num_workers: int = Field(0, ge=0, description="loader processes a rank")
+    mask_documents: bool = Field(default=False, description="no attention across document boundaries inside a sample")
+    num_workers: int = Field(default=0, ge=0, description="loader processes a rank")
 
 
 class TrainSection(Section):
     """Length, batch and arithmetic of training."""
 
-    steps: int = Field(1000, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
-    global_batch_size: int | None = Field(None, ge=1, description="unset: micro_batch_size x data-parallel size")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it")
-    clip_grad: float = Field(1.0, ge=0, description="0 switches clipping off")
-    recompute: Literal["none", "full"] = Field("none", description="activation checkpointing of each layer")
+    steps: int = Field(default=1000, ge=1)
+    micro_batch_size: int = Field(default=4, ge=1)
+    global_batch_size: int | None = Field(
+        default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 where the processor has it"
+    )
+    clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
+    recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
     engine: Literal["auto", "deepspeed", "plain"] = Field(
-        "auto", description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step"
+        default="auto",
+        description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
     )
     compile: bool = False
 
@@ -84,71 +93,73 @@ class OptimizerSection(Section):
     """AdamW as torch defines it (decoupled decay)."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1.5e-4, gt=0)
+    lr: float = Field(default=1.5e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="not applied to biases and norms")
 
 
 class ScheduleSection(Section):
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    decay_steps: int | None = Field(None, ge=1, description="unset: train.steps; wsd: length of the final decay")
-    min_lr: float = Field(0.0, ge=0)
+    decay_steps: int | None = Field(
+        default=None, ge=1, description="unset: train.steps; wsd: length of the final decay"
+    )
+    min_lr: float = Field(default=0.0, ge=0)
 
 
 class ParallelSection(Section):
     """How ranks are laid out; data-parallel size is what is left."""
 
-    tensor: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
     pipeline: Literal[1] = 1
-    zero: Literal[0, 1] = Field(1, description="ZeRO stage of the optimizer state")
+    zero: Literal[0, 1] = Field(default=1, description="ZeRO stage of the optimizer state")
 
 
 class CheckpointSection(Section):
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: int = Field(3, ge=0, description="0 keeps all")
-    resume: Literal["auto", "never"] | str = Field("auto", description="auto, never, or a checkpoint folder")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="of model/; auto: fp32 master weights")
+    every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(default=3, ge=0, description="0 keeps all")
+    resume: Literal["auto", "never"] | str = Field(default="auto", description="auto, never, or a checkpoint folder")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="of model/; auto: fp32 master weights")
 
 
 class EvaluateSection(Section):
     """Validation during training (`every`, `batches`), and `mlm evaluate` (the rest)."""
 
-    every: int = Field(1000, ge=0, description="0: never during training")
-    batches: int = Field(50, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1, description="unset: that of `train`")
-    tasks: tuple[str, ...] = Field((), description="`mlm evaluate --task`")
-    data: tuple[str, ...] = Field((), description="`mlm evaluate --data`")
-    stride: int | None = Field(None, ge=1, description="`mlm evaluate --stride`")
-    limit: int | None = Field(None, ge=1, description="`mlm evaluate --limit`")
+    every: int = Field(default=1000, ge=0, description="0: never during training")
+    batches: int = Field(default=50, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1, description="unset: that of `train`")
+    tasks: tuple[str, ...] = Field(default=(), description="`mlm evaluate --task`")
+    data: tuple[str, ...] = Field(default=(), description="`mlm evaluate --data`")
+    stride: int | None = Field(default=None, ge=1, description="`mlm evaluate --stride`")
+    limit: int | None = Field(default=None, ge=1, description="`mlm evaluate --limit`")
 
 
 class GenerateSection(Section):
     """Sampling of `mlm generate`; its flags win over these keys."""
 
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_k: int = Field(0, ge=0, description="0 keeps every token")
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=1.0, ge=0, description="0: greedy")
+    top_k: int = Field(default=0, ge=0, description="0 keeps every token")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     stop: tuple[str, ...] = ()
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
 
 
 class PreprocessSection(Section):
-    """Input and reading of `mlm preprocess`; its flags win over these keys. `tokenizer` and `output` are the recipe's own."""
+    """Reading of `mlm preprocess`; its flags win. `tokenizer` and `output` are the recipe's own keys."""
 
-    inputs: tuple[str, ...] = Field((), description="files, folders, globs or a Hub data set")
-    workers: int | None = Field(None, ge=1, description="unset: one a core")
+    inputs: tuple[str, ...] = Field(default=(), description="files, folders, globs or a Hub data set")
+    workers: int | None = Field(default=None, ge=1, description="unset: one a core")
     append_eod: bool = True
     json_key: str = "text"
     on_bad_line: Literal["stop", "skip"] = "stop"
 
 
 class LogSection(Section):
-    every: int = Field(10, ge=1)
-    tensorboard: bool = Field(True, description="written when the package is installed")
+    every: int = Field(default=10, ge=1)
+    tensorboard: bool = Field(default=True, description="written when the package is installed")
 
 
 class TaskSection(Section):
@@ -160,11 +171,11 @@ class TaskSection(Section):
     text_column: str | int = "text"
     text_pair_column: str | int | None = None
     label_column: str | int = "label"
-    header: bool | None = Field(None, description=".tsv/.csv: unset guesses from the column names asked for")
-    labels: tuple[str, ...] | None = Field(None, description="unset: those in the train file, sorted")
-    max_length: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1, description="instead of train.steps")
-    metric: Literal["accuracy", "f1"] = Field("accuracy", description="which checkpoint is best")
+    header: bool | None = Field(default=None, description=".tsv/.csv: unset guesses from the column names asked for")
+    labels: tuple[str, ...] | None = Field(default=None, description="unset: those in the train file, sorted")
+    max_length: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1, description="instead of train.steps")
+    metric: Literal["accuracy", "f1"] = Field(default="accuracy", description="which checkpoint is best")
 
 
 class Recipe(Section):
@@ -173,7 +184,7 @@ class Recipe(Section):
     base: str | None = None
     description: str | None = None
     model: ModelSection = ModelSection()
-    init_from: str | None = Field(None, description="run, checkpoint or Hugging Face folder to start from")
+    init_from: str | None = Field(default=None, description="run, checkpoint or Hugging Face folder to start from")
     tokenizer: str | None = None
     data: DataSection = DataSection()
     task: TaskSection | None = None
@@ -186,5 +197,5 @@ class Recipe(Section):
     generate: GenerateSection = GenerateSection()
     preprocess: PreprocessSection = PreprocessSection()
     log: LogSection = LogSection()
-    seed: int = Field(1234, ge=0, lt=2**63)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     output: str | None = None
