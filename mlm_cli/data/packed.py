@@ -1,0 +1,212 @@
+"""Tokens -> fixed-length samples for causal language models, without building or storing any index.
+
+The documents of a split are one stream of tokens. An epoch cuts it into samples of ``seq_length`` inputs (plus one
+token, the last label, shared with the next sample), at places that move from epoch to epoch, and visits them in the
+order of ``order.permute``. Sample number -> tokens is therefore a pure function of (data, seed, number): independent
+of ranks, workers and of where a run was resumed. Opening costs a few reads whatever the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlm_cli.data.blend import Blend
+from mlm_cli.data.order import epoch_shift, sample_position
+from mlm_cli.errors import DataError
+
+
+class TokenStore(Protocol):
+    """What is needed of an indexed data set (``data.indexed.IndexedDataset``)."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    num_documents: int
+    num_tokens: int
+    contiguous: bool
+    offsets: np.ndarray
+    document_index: np.ndarray
+
+    def tokens(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Samples(Protocol):
+    """An endless numbered supply of samples: what ``SampleSource`` blends."""
+
+    samples_per_epoch: int
+    num_tokens: int
+    fingerprint: str
+
+    def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
+
+
+def first_token_of_document(dataset: TokenStore, document: int) -> int:
+    """Place of a document's first token in the ``.bin``, in tokens; ``num_documents`` gives the end of the data."""
+    if document >= dataset.num_documents:
+        return dataset.num_tokens
+    sequence = int(dataset.document_index[document])
+    if sequence >= len(dataset.offsets):  # trailing documents without any sequence
+        return dataset.num_tokens
+    return int(dataset.offsets[sequence]) // dataset.dtype.itemsize
+
+
+class GPTSamples:
+    """Packed samples of one indexed data set, or of some of its documents.
+
+    Args:
+        dataset: the indexed tokens.
+        documents: which documents; None: all.
+        seq_length: inputs a sample.
+        seed: picks the order and the cuts.
+        stream: number of this data set in its blend, so that parts with one seed differ in order.
+        mask_documents: also give the document number of each input (``segments``).
+        vocab_size: refuse token ids from here on.
+        name: how errors call the data, e.g. ``valid split of data/wiki``.
+
+    Raises:
+        DataError: fewer tokens than one sample needs (``seq_length + 1``), or sequences not back to back.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenStore,
+        documents: range | None = None,
+        *,
+        seq_length: int,
+        seed: int,
+        stream: int = 0,
+        mask_documents: bool = False,
+        vocab_size: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.documents = range(dataset.num_documents) if documents is None else documents
+        self.seq_length, self.seed, self.stream = seq_length, seed, stream
+        self.mask_documents, self.vocab_size = mask_documents, vocab_size
+        self.name = name or str(dataset.prefix)
+        if not dataset.contiguous:
+            raise DataError(
+                f"the sequences of {dataset.prefix} do not lie back to back in its .bin file",
+                hint="write it anew with `mlm preprocess`",
+            )
+        self.start = first_token_of_document(dataset, self.documents.start)
+        self.num_tokens = first_token_of_document(dataset, self.documents.stop) - self.start
+        if self.num_tokens < seq_length + 1:
+            raise DataError(
+                f"{self.name} holds {self.num_tokens:,} tokens in {len(self.documents):,} documents; one sample of "
+                f"seq_length {seq_length:,} needs {seq_length + 1:,}",
+                hint="give more text, a larger share in data.split, or a smaller model.seq_length",
+            )
+        self.samples_per_epoch = (self.num_tokens - 1) // seq_length
+
+    def get(self, number: int) -> dict[str, np.ndarray | None]:
+        """The ``number``-th sample over all epochs: ``tokens`` int64 [s+1], ``segments`` int32 [s] or None.
+
+        Raises:
+            DataError: a token id is not in the vocabulary.
+        """
+        epoch, place = sample_position(number, self.samples_per_epoch, self.seed, self.stream)
+        shift = epoch_shift(self.seq_length, self.seed, epoch, self.stream)
+        first = shift + place * self.seq_length
+        tokens = self._read(first, first + self.seq_length + 1)
+        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
+            raise DataError(
+                f"{self.name}: token id {largest} near token {self.start + first:,} of {self.dataset.prefix}.bin is "
+                f"not in the vocabulary of {self.vocab_size:,}",
+                hint="the data was made with another tokenizer: run `mlm preprocess` with this one",
+            )
+        return {"tokens": tokens, "segments": self._segments(first) if self.mask_documents else None}
+
+    def _read(self, first: int, stop: int) -> np.ndarray:
+        """Tokens [first, stop) of the split, int64; past its end it goes on at its beginning (later epochs only)."""
+        parts = []
+        while first < stop:
+            begin = first % self.num_tokens
+            length = min(stop - first, self.num_tokens - begin)
+            parts.append(self.dataset.tokens(self.start + begin, self.start + begin + length))
+            first += length
+        return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
+
+    def _segments(self, first: int) -> np.ndarray:
+        """Document number of each input of a sample, counted from 0 inside the sample; int32 [s].
+
+        Boundaries come from the index, not from end-of-document tokens, so that data without these works too.
+        """
+        starts = np.zeros(self.seq_length, dtype=np.int32)
+        done = 0
+        while done < self.seq_length:
+            begin = (first + done) % self.num_tokens
+            length = min(self.seq_length - done, self.num_tokens - begin)
+            bounds = self._boundaries(self.start + begin, self.start + begin + length)
+            starts[bounds - (self.start + begin) + done] = 1
+            if done:
+                starts[done] = 1  # gone on at the beginning of the split: another document
+            done += length
+        starts[0] = 0
+        return np.cumsum(starts, dtype=np.int32)
+
+    def _boundaries(self, start: int, stop: int) -> np.ndarray:
+        """Places in [start, stop), in tokens of the .bin, at which a document begins. Two binary searches."""
+        offsets, documents = self.dataset.offsets, self.dataset.document_index
+        size = self.dataset.dtype.itemsize
+        sequences = np.searchsorted(offsets, [start * size, stop * size])
+        low, high = np.searchsorted(documents, sequences)
+        found = np.asarray(documents[low:high], dtype=np.int64)
+        places = np.asarray(offsets[found[found < len(offsets)]], dtype=np.int64) // size
+        return places[(places >= start) & (places < stop)]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what decides the samples: sizes, both ends of the tokens, documents, length, seed.
+
+        Constant time: the middle of a corpus is not read (the sidecar holds full hashes of its sources).
+        """
+        edge = min(self.num_tokens, 65_536)
+        digest = hashlib.sha256()
+        digest.update(self.dataset.tokens(self.start, self.start + edge).tobytes())
+        end = self.start + self.num_tokens
+        digest.update(self.dataset.tokens(end - edge, end).tobytes())
+        sizes = (self.dataset.num_tokens, self.dataset.num_documents, self.documents.start, self.documents.stop)
+        digest.update(repr((sizes, self.seq_length, self.seed, self.stream, self.mask_documents)).encode())
+        return digest.hexdigest()
+
+
+class SampleSource:
+    """One split of the training data: a data set, or several blended by weight. Numbered without end.
+
+    Args:
+        parts: one supply of samples each.
+        weights: of the parts; None for a single part.
+    """
+
+    def __init__(self, parts: Sequence[Samples], weights: Sequence[float] | None = None) -> None:
+        if len(parts) > 1 and (weights is None or len(weights) != len(parts)):
+            raise ValueError(f"{len(parts)} parts need as many weights")
+        self.parts = tuple(parts)
+        self.blend = Blend(weights) if weights is not None and len(parts) > 1 else None
+
+    def get(self, number: int) -> Mapping[str, np.ndarray | None]:
+        """Sample ``number`` (global, from 0, over all epochs)."""
+        if self.blend is None:
+            return self.parts[0].get(number)
+        part, occurrence = self.blend.locate(number)
+        return self.parts[part].get(occurrence)
+
+    @property
+    def num_tokens(self) -> int:
+        """Distinct tokens of all parts."""
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one pass over every part (parts of a blend end their epochs at different times)."""
+        return sum(part.samples_per_epoch for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        shares = [str(share) for share in self.blend.shares] if self.blend else []
+        text = repr(([part.fingerprint for part in self.parts], shares))
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,136 @@
+"""The recipe's ``data`` section -> the sample sources of train, valid and test, checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlm_cli import log
+from mlm_cli.data.indexed import IndexedDataset, resolve_prefix
+from mlm_cli.data.packed import GPTSamples, SampleSource
+from mlm_cli.data.sidecar import load_sidecar
+from mlm_cli.data.split import SPLITS, split_documents
+from mlm_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from mlm_cli.config.schema import DataSection, WeightedPrefix
+
+_CHECKED_TOKENS = 1 << 25  # read at most this many ids (64-128 MB) when looking for ids outside the vocabulary
+
+
+def open_training_data(
+    data: DataSection,
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+) -> dict[str, SampleSource | None]:
+    """Open what the recipe names; ``{"train": SampleSource, "valid": SampleSource | None, "test": ...}``.
+
+    ``valid`` and ``test`` are None where the recipe gives them no share, or a share of ``data.split`` too small for
+    one sample (said as a warning for valid). Their samples keep one order, so every validation sees the same ones.
+
+    Args:
+        vocab_size: ids from here on are an error (a bounded part of each data set is searched now, the rest when read).
+        tokenizer_fingerprint: data made with another tokenizer is an error.
+
+    Raises:
+        UsageError: the section names no training data, or both ``path`` and ``train``.
+        DataError: files that do not open, another tokenizer, ids outside the vocabulary, too few tokens.
+    """
+    _check_section(data)
+    opened: dict[str, IndexedDataset] = {}
+
+    def parts_of(entry: str | Sequence[WeightedPrefix]) -> list[tuple[IndexedDataset, float]]:
+        named = [(entry, 1.0)] if isinstance(entry, str) else [(part.prefix, part.weight) for part in entry]
+        for path, _ in named:
+            if path not in opened:
+                opened[path] = _open_checked(path, vocab_size, tokenizer_fingerprint)
+        return [(opened[path], weight) for path, weight in named]
+
+    sources: dict[str, SampleSource | None] = {}
+    for number, split in enumerate(SPLITS):
+        own = getattr(data, split)
+        entry = own if own is not None else data.path if data.train is None else None
+        if entry is None:
+            sources[split] = None
+            continue
+        found: list[tuple[GPTSamples, float]] = []
+        for stream, (dataset, weight) in enumerate(parts_of(entry)):
+            documents = None if own is not None else split_documents(data.split, dataset.num_documents)[split]
+            name = str(dataset.prefix) if own is not None else f"the {split} split of {dataset.prefix}"
+            if documents is not None and len(documents) == 0 and split != "train":
+                _say_left_out(split, f"{name} holds no documents (data.split {data.split})")
+                continue
+            try:
+                samples = GPTSamples(
+                    dataset,
+                    documents,
+                    seq_length=seq_length,
+                    seed=seed,
+                    stream=stream * len(SPLITS) + number,
+                    mask_documents=data.mask_documents,
+                    vocab_size=vocab_size,
+                    name=name,
+                )
+            except DataError as error:
+                if own is not None or split == "train" or not dataset.contiguous:
+                    raise
+                _say_left_out(split, error.message)
+                continue
+            found.append((samples, weight))
+        sources[split] = SampleSource([part for part, _ in found], [weight for _, weight in found]) if found else None
+    _say_rounding(sources["train"])
+    return sources
+
+
+def _check_section(data: DataSection) -> None:
+    if data.path is None and data.train is None:
+        raise UsageError("the recipe names no training data", hint="set data.path, or data.train and data.valid")
+    if data.path is not None and data.train is not None:
+        raise UsageError("data.path and data.train are both set", hint="give one path with a split, or separate files")
+
+
+def _say_left_out(split: str, why: str) -> None:
+    """Validation that will not take place is worth a warning; the test split is not used in training."""
+    (log.warn if split == "valid" else log.detail)(f"no {split} samples: {why}")
+
+
+def _say_rounding(train: SampleSource | None) -> None:
+    if train is not None and train.blend is not None and train.blend.rounded:
+        shares = ", ".join(f"{float(share):.6f}" for share in train.blend.shares)
+        log.warn(f"blend weights are kept in steps of 1/65,536; in use: {shares}")
+
+
+def _open_checked(path: str, vocab_size: int | None, tokenizer_fingerprint: str | None) -> IndexedDataset:
+    dataset = IndexedDataset(resolve_prefix(path))
+    sidecar = load_sidecar(dataset.prefix)
+    if sidecar is None:
+        log.detail(f"{dataset.prefix} has no sidecar: its tokenizer cannot be checked")
+    elif tokenizer_fingerprint is not None and sidecar.tokenizer_fingerprint != tokenizer_fingerprint:
+        raise DataError(
+            f"{dataset.prefix} was made with another tokenizer ({sidecar.tokenizer_spec}, "
+            f"{sidecar.tokenizer_fingerprint[:12]}) than the recipe's ({tokenizer_fingerprint[:12]})",
+            hint="set `tokenizer` to the one the data was made with, or run `mlm preprocess` again",
+        )
+    if vocab_size is not None:
+        _check_ids(dataset, vocab_size)
+    return dataset
+
+
+def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Search evenly spread blocks of a data set (all of a small one) for ids outside the vocabulary."""
+    total = dataset.num_tokens
+    num_blocks = 64
+    block = min(-(-total // num_blocks), _CHECKED_TOKENS // num_blocks)
+    for start in np.linspace(0, max(0, total - block), num_blocks).astype(np.int64) if total else ():
+        tokens = dataset.tokens(int(start), min(int(start) + block, total))
+        if (largest := int(tokens.max())) >= vocab_size:
+            raise DataError(
+                f"token id {largest} in {dataset.prefix}.bin (token {int(start) + int(tokens.argmax()):,}) is not in "
+                f"the vocabulary of {vocab_size:,}",
+                hint="the data was made with another tokenizer: run `mlm preprocess` with the recipe's",
+            )
