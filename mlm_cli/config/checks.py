@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlm_cli.config.derived import (
-    ffn_hidden_size,
-    head_dim,
-    model_parallel_size,
-    num_query_groups,
-    padded_vocab_size,
-)
+from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, Recipe
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
 
@@ -79,13 +75,18 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
                 f"use `parallel.tensor={_nearest_divisor(size, tensor)}`",
             )
     if model.vocab_size is not None:
-        padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
+        padded = padded_vocab_size(model)
         if padded % tensor:
             yield Mistake(
                 ("parallel.tensor", "model.make_vocab_size_divisible_by", "model.vocab_size"),
                 f"the padded vocabulary of {padded} rows cannot be sliced over `parallel.tensor` {tensor} ranks",
                 f"use `model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by * tensor}`",
             )
+    try:
+        hub_layout(model)
+    except UsageError as error:
+        keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
+        yield Mistake(keys, error.message, error.hint)
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
@@ -99,7 +100,7 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
     elif schedule.decay == "wsd" and (schedule.decay_steps or 0) + schedule.warmup_steps > train.steps:
         yield Mistake(
             ("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
-            f"warm-up {schedule.warmup_steps} and decay {schedule.decay_steps} are longer than `train.steps` {train.steps}",
+            f"warm-up {schedule.warmup_steps} and decay {schedule.decay_steps} exceed `train.steps` {train.steps}",
             f"use `schedule.decay_steps={max(1, train.steps // 10)}`",
         )
     if schedule.min_lr > recipe.optimizer.lr:

@@ -111,7 +111,7 @@ def write_recipe(recipe: Recipe, path: Path | str) -> None:
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, target)
+        scratch.replace(target)
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise ResourceError(
@@ -235,7 +235,7 @@ def _absolute(value: Any, *, certain: bool) -> Any:
         return value
     path = Path(value).expanduser()
     named = certain or path.exists() or value.startswith((".", "~"))
-    return os.path.abspath(path) if named else value
+    return os.path.abspath(path) if named else value  # noqa: PTH100 - keeps links as the user named them
 
 
 def _validate(draft: Draft) -> tuple[Recipe | None, set[str]]:

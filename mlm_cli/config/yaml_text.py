@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from mlm_cli.errors import UsageError
 
@@ -21,7 +21,7 @@ def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[Any, Any] = {}
+        yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
     def resolve(tag: str, pattern: str, first: str) -> None:
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
@@ -127,7 +127,7 @@ def dump(value: Any) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        yaml_implicit_resolvers = _dump_resolvers()
+        yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = _dump_resolvers()
 
     def sequence(dumper: Any, data: Any) -> Any:
         flat = all(not isinstance(item, (dict, list, tuple)) for item in data)
