@@ -1,0 +1,111 @@
+"""Self-attention with heads cut over the tensor group, over torch's fused attention or our softmax kernels."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_cli import ops
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import head_dim, num_query_groups
+from mlm_cli.models.cache import LayerCache
+from mlm_cli.models.info import SequenceInfo
+from mlm_cli.models.rotary import rotate
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+if TYPE_CHECKING:
+    from mlm_cli.parallel.random import RandomStreams
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention, also with fewer key/value heads than query heads (Ainslie et al. 2023).
+
+    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads.
+    """
+
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        group, dim = parallel.tensor, head_dim(model)
+        query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
+        options = {"bias": model.bias, "dtype": dtype, "device": parallel.device}
+        self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
+        self.kind, self.dropout = model.attention, model.attention_dropout
+        self.streams: RandomStreams | None = None
+        blocks = (query, key, key)
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size, sum(blocks), group, blocks=blocks, init_std=model.init_std, **options
+        )
+        scaled_std = model.init_std / math.sqrt(2 * model.num_layers)
+        self.out = RowParallelLinear(query, model.hidden_size, group, init_std=scaled_std, **options)
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
+        b, s, _ = x.shape
+        rotated = self.num_heads + self.num_groups
+        heads = self.qkv(x).view(b, s, rotated + self.num_groups, self.dim)
+        if info.rotary is None:
+            query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
+        else:
+            pair, value = heads.split([rotated, self.num_groups], 2)
+            query, key = rotate(pair, info.rotary).split([self.num_heads, self.num_groups], 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
+        if cache is not None:
+            key, value = cache.append(key, value, info.offset)
+        out = self._attend(query, key, value, info)
+        return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
+        dropout = self.dropout if self.training else 0.0
+        kind = self.kind
+        if kind == "auto":
+            # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.
+            kind = "fused" if dropout and query.device.type == "cpu" else "sdpa"
+        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
+            if kind == "sdpa":
+                return F.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    info.visible,
+                    dropout,
+                    is_causal=info.visible is None and query.shape[2] > 1,
+                    enable_gqa=self.num_groups != self.num_heads,
+                )
+            attend = attend_fused if kind == "fused" else attend_reference
+            return attend(query, key, value, info, dropout)
+
+
+def _repeat_groups(query: Tensor, *grouped: Tensor) -> list[Tensor]:
+    """Key and value heads repeated to one per query head."""
+    times = query.shape[1] // grouped[0].shape[1]
+    return [x if times == 1 else x.repeat_interleave(times, 1) for x in grouped]
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+    """Attention around the fused softmax kernels: scores exist, their masked and scaled copies do not."""
+    key, value = _repeat_groups(query, key, value)
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    scores = query @ key.transpose(-1, -2)
+    if info.visible is None:
+        probs = ops.scaled_causal_softmax(scores, scale, offset=info.offset, dropout=dropout)
+    else:
+        probs = ops.scaled_masked_softmax(scores, ~info.visible, scale, dropout)
+    return probs @ value
+
+
+def attend_reference(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+    """Attention as written in Vaswani et al. 2017, section 3.2.1, in float32."""
+    key, value = _repeat_groups(query, key, value)
+    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+    visible = info.visible
+    if visible is None:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
+    probs = torch.softmax(scores.masked_fill(~visible, -math.inf), -1)
+    return (F.dropout(probs, dropout) @ value.float()).to(query.dtype)

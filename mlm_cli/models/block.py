@@ -1,0 +1,82 @@
+"""The one transformer layer: GPT-2 and Llama are settings of it. Pre-layernorm (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_cli import ops
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import ffn_hidden_size
+from mlm_cli.models.attention import SelfAttention
+from mlm_cli.models.cache import LayerCache
+from mlm_cli.models.info import SequenceInfo
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
+
+
+class Norm(nn.Module):
+    """Layer norm or RMS norm over the last dimension, equal on all tensor ranks."""
+
+    def __init__(self, model: ModelSection, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind, self.eps = model.norm, model.norm_eps
+        self.weight = new_parameter(model.hidden_size, init="ones", dtype=dtype, device=device)
+        with_bias = model.norm == "layernorm"
+        self.bias = new_parameter(model.hidden_size, init="zeros", dtype=dtype, device=device) if with_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rmsnorm":
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after(self, branch: Tensor, residual: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """Close a residual branch and norm the sum, in one pass: (norm, ``dropout(branch) + residual``)."""
+        return ops.residual_norm(
+            branch, residual, self.weight, self.bias, eps=self.eps, dropout=dropout, kind=self.kind
+        )
+
+
+class MLP(nn.Module):
+    """Feed-forward layer, its inner width cut over the tensor group; ``swiglu`` has rows gate | up."""
+
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        group, width = parallel.tensor, ffn_hidden_size(model)
+        options = {"dtype": dtype, "device": parallel.device}
+        self.activation = model.activation
+        blocks = (width, width) if model.activation == "swiglu" else (width,)
+        self.up = ColumnParallelLinear(
+            model.hidden_size, sum(blocks), group, bias=model.bias, blocks=blocks, init_std=model.init_std, **options
+        )
+        scaled_std = model.init_std / math.sqrt(2 * model.num_layers)
+        self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=scaled_std, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x)
+        if self.activation == "swiglu":
+            return self.down(ops.swiglu(inner))
+        return self.down(ops.bias_gelu(inner) if self.activation == "gelu" else ops.bias_gelu_erf(inner))
+
+
+class Block(nn.Module):
+    """``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
+
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hidden_dropout = model.hidden_dropout
+        self.norm1 = Norm(model, parallel.device, dtype)
+        self.attention = SelfAttention(model, parallel, dtype)
+        self.norm2 = Norm(model, parallel.device, dtype)
+        self.mlp = MLP(model, parallel, dtype)
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """``x [b, s, h]`` -> ``[b, s, h]``."""
+        dropout = self.hidden_dropout if self.training else 0.0
+        branch = self.attention(self.norm1(x), info, cache)
+        normed, x = self.norm2.after(branch, x, dropout)
+        branch = self.mlp(normed)
+        return x + (F.dropout(branch, dropout) if dropout else branch)

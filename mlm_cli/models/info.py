@@ -1,0 +1,82 @@
+"""What every layer of one forward pass shares: positions, rotary tables and what each token may attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mlm_cli.models.cache import KVCache
+    from mlm_cli.models.rotary import RotaryTable
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """Worked out once a forward pass and handed to every layer.
+
+    Attributes:
+        positions: ``[b, s]`` or ``[s]``, the position of each token in its document.
+        rotary: cosines and sines of these positions, ``[..., s, 1, d]`` each; None for learned positions.
+        visible: boolean ``[b or 1, 1, s, keys]``, True where a token may look; None means causal from the first key on.
+        offset: keys in the cache before the first of these tokens.
+    """
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+    visible: Tensor | None = None
+    offset: int = 0
+
+
+def build_info(
+    tokens: Tensor,
+    *,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    cache: KVCache | None = None,
+    table: RotaryTable | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SequenceInfo:
+    """Shared facts of a pass over ``tokens [b, s]``.
+
+    Args:
+        positions: ``[b, s]``; unset counts from 0, or from each row's start in the cache.
+        segments: ``[b, s]`` document numbers; a token sees only its own document.
+        cache: keys and values of earlier tokens.
+        table: rotary tables where the model is rotary.
+        dtype: of the activations.
+    """
+    length, device = tokens.shape[1], tokens.device
+    offset = cache.length if cache is not None else 0
+    visible: Tensor | None = None
+    if positions is None:
+        positions = torch.arange(offset, offset + length, device=device)
+        if cache is not None and cache.start is not None:
+            positions = (positions - cache.start[:, None]).clamp_(min=0)
+    if segments is not None:
+        visible = document_mask(segments)
+    elif cache is not None and (cache.start is not None or (offset and length > 1)):
+        visible = cache_mask(length, offset, cache.start, device)
+    rotary = table.at(positions, dtype) if table is not None else None
+    return SequenceInfo(positions, rotary, visible, offset)
+
+
+def document_mask(segments: Tensor) -> Tensor:
+    """``[b, 1, s, s]``: causal, and within one document of ``segments [b, s]``."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same.tril_()
+
+
+def cache_mask(length: int, offset: int, start: Tensor | None, device: torch.device) -> Tensor:
+    """``[b or 1, 1, length, offset + length]``: causal after ``offset`` cached keys, the first ``start [b]`` hidden.
+
+    A padding token sees itself, so that no row of the softmax is empty; nobody sees it.
+    """
+    query = torch.arange(offset, offset + length, device=device)[:, None]
+    key = torch.arange(offset + length, device=device)[None, :]
+    visible = (key <= query)[None, None]
+    if start is None:
+        return visible
+    return (visible & (key >= start[:, None, None, None])) | (key == query)

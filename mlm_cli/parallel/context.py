@@ -1,0 +1,128 @@
+"""Who works together: explicit groups of ranks, one object that says how the world is laid out.
+
+A layer is given the ``Group`` it is sliced over and never asks for a rank. A group of size 1 makes every collective an
+identity, so one code path serves one laptop core and many GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlm_cli.parallel.mpu import Mpu
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks that work together. ``rank`` counts inside the group; ``ranks`` are their numbers in the world."""
+
+    rank: int = 0
+    size: int = 1
+    handle: Any = field(default=None, repr=False, compare=False)
+    ranks: tuple[int, ...] = (0,)
+
+    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce ``tensor`` over the group, in place; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=_OPERATIONS[op], group=self.handle)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks of the group, in rank order; all must have the same shape."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.handle)
+        return parts
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite ``tensor`` with that of group rank ``source``; returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.handle)
+
+
+SOLO = Group()
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The groups of this rank: ``tensor`` slices of one layer, ``data`` copies of the model, ``pipeline`` stages of it.
+
+    Ranks are numbered with the tensor rank fastest, then data, then pipeline, as Megatron and DeepSpeed's
+    ``ProcessTopology`` (axes pipe, data, model) number them.
+    """
+
+    world: Group = SOLO
+    tensor: Group = SOLO
+    data: Group = SOLO
+    pipeline: Group = SOLO
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def single(device: torch.device | str = "cpu") -> ParallelContext:
+        """One rank that is the whole job."""
+        return ParallelContext(device=torch.device(device))
+
+    @staticmethod
+    def create(*, tensor: int = 1, pipeline: int = 1, device: torch.device | str = "cpu") -> ParallelContext:
+        """Lay out the world that ``distributed.init`` joined; data-parallel size is what is left.
+
+        Every rank must call this, in the same order as any other group-making call.
+
+        Raises:
+            UsageError: the sizes do not divide the number of ranks.
+        """
+        joined = dist.is_available() and dist.is_initialized()
+        size = dist.get_world_size() if joined else 1
+        if size % (tensor * pipeline):
+            raise UsageError(
+                f"{size} ranks cannot be laid out as parallel.tensor={tensor} x parallel.pipeline={pipeline}",
+                hint=f"use a multiple of {tensor * pipeline} ranks, or smaller parallel sizes",
+            )
+        if not joined:
+            return ParallelContext.single(device)
+        # The grid of ranks, [pipeline, data, tensor]: a group is a line along one axis.
+        grid = torch.arange(size).view(pipeline, -1, tensor)
+        return ParallelContext(
+            world=Group(dist.get_rank(), size, dist.group.WORLD, tuple(range(size))),
+            tensor=_make_groups(grid),
+            data=_make_groups(grid.transpose(1, 2)),
+            pipeline=_make_groups(grid.permute(1, 2, 0)),
+            device=torch.device(device),
+        )
+
+    @cached_property
+    def mpu(self) -> Mpu:
+        """What DeepSpeed and Megatron code call a model-parallel unit: the same groups behind their function names."""
+        from mlm_cli.parallel.mpu import Mpu
+
+        return Mpu(self)
+
+
+def _make_groups(grid: Tensor) -> Group:
+    """Make a process group of every line along the last axis of ``grid``; returns the one this rank is in.
+
+    Groups of one rank get a handle too: DeepSpeed reads a missing handle as "the whole world".
+    """
+    me, mine = dist.get_rank(), None
+    for line in grid.reshape(-1, grid.shape[-1]).tolist():
+        handle = dist.new_group(line)
+        if me in line:
+            mine = Group(line.index(me), len(line), handle, tuple(line))
+    assert mine is not None
+    return mine

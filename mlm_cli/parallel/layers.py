@@ -1,0 +1,132 @@
+"""Sliced layers of Megatron-LM (Shoeybi et al. 2019, section 3): column, row, and vocabulary-sliced embedding.
+
+A column layer followed by a row layer needs one all-reduce forward and one backward. Each layer states how its
+parameters are cut (``param.shard``) and drawn (``param.init``); nothing here draws random numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_cli.parallel.context import Group
+from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
+from mlm_cli.parallel.shard import Shard
+
+
+def new_parameter(
+    *shape: int,
+    init: float | str,
+    shard: Shard | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Parameter:
+    """An unfilled parameter that knows how it is cut and drawn. ``shape`` is that of this rank's slice."""
+    param = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    param.shard = shard  # type: ignore[attr-defined]
+    param.init = init  # type: ignore[attr-defined]
+    # DeepSpeed and Megatron count a sliced parameter on every rank when they take a gradient norm, others once.
+    param.tensor_model_parallel = shard is not None  # type: ignore[attr-defined]
+    param.model_parallel = shard is not None  # type: ignore[attr-defined]
+    return param
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x A^T + b`` with the rows of ``A`` cut over ``group``: each rank gives its part of the outputs.
+
+    Args:
+        blocks: full sizes of the parts of the output that are cut separately (see ``Shard``).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group,
+        *,
+        bias: bool = True,
+        blocks: tuple[int, ...] | None = None,
+        init_std: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.group, self.in_features, self.out_features = group, in_features, out_features
+        shard, rows = Shard(0, blocks), out_features // group.size
+        self.weight = new_parameter(rows, in_features, init=init_std, shard=shard, dtype=dtype, device=device)
+        self.bias = new_parameter(rows, init="zeros", shard=shard, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` (equal on all ranks) -> ``[..., out / size]``."""
+        return F.linear(copy_to_group(x, self.group), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x A^T + b`` with the columns of ``A`` cut over ``group``: partial products are summed over the ranks."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group,
+        *,
+        bias: bool = True,
+        init_std: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.group, self.in_features, self.out_features = group, in_features, out_features
+        columns = in_features // group.size
+        self.weight = new_parameter(out_features, columns, init=init_std, shard=Shard(1), dtype=dtype, device=device)
+        self.bias = new_parameter(out_features, init="zeros", dtype=dtype, device=device) if bias else None
+        # The bias is added once: inside the product where that is the whole sum, after the reduction otherwise.
+        self.fused_bias = group.size == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in / size]`` -> ``[..., out]``, equal on all ranks."""
+        if self.fused_bias:
+            return F.linear(x, self.weight, self.bias)
+        out = reduce_from_group(F.linear(x, self.weight), self.group)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a word embedding cut over ``group``; rows from ``vocab_size`` to ``padded_size`` are never read."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        padded_size: int,
+        hidden_size: int,
+        group: Group,
+        *,
+        init_std: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.group, self.vocab_size, self.padded_size = group, vocab_size, padded_size
+        rows = padded_size // group.size
+        self.start = group.rank * rows
+        shard = Shard(0, valid=vocab_size)
+        self.weight = new_parameter(rows, hidden_size, init=init_std, shard=shard, dtype=dtype, device=device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens [b, s]`` -> ``[b, s, h]``, equal on all ranks."""
+        if self.group.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.start
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(outside[..., None], 0.0)
+        return reduce_from_group(rows, self.group)
+
+    def extra_repr(self) -> str:
+        return f"{self.vocab_size} (padded {self.padded_size}), rank {self.group.rank} of {self.group.size}"
