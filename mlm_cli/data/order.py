@@ -94,7 +94,7 @@ def permute_many(indices: np.ndarray, n: int, key: int) -> np.ndarray:
         ValueError: an index is outside [0, n).
     """
     values = np.asarray(indices, dtype=np.int64)
-    if values.size and not (0 <= int(values.min()) and int(values.max()) < n):
+    if values.size and (int(values.min()) < 0 or int(values.max()) >= n):
         raise ValueError(f"indices must lie in [0, {n})")
     a, b = _grid(n)
     keys = _round_keys(key)

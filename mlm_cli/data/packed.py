@@ -9,12 +9,14 @@ of ranks, workers and of where a run was resumed. Opening costs a few reads what
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from mlm_cli.data.blend import Blend
+from mlm_cli.data.indexed import IndexedDataset
 from mlm_cli.data.order import epoch_shift, sample_position
 from mlm_cli.errors import DataError
 
@@ -25,10 +27,14 @@ class TokenStore(Protocol):
     prefix: str
     dtype: np.dtype[Any]
     num_documents: int
-    num_tokens: int
-    contiguous: bool
     offsets: np.ndarray
     document_index: np.ndarray
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def contiguous(self) -> bool: ...
 
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
@@ -38,7 +44,9 @@ class Samples(Protocol):
 
     samples_per_epoch: int
     num_tokens: int
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
 
@@ -152,11 +160,24 @@ class GPTSamples:
         """Places in [start, stop), in tokens of the .bin, at which a document begins. Two binary searches."""
         offsets, documents = self.dataset.offsets, self.dataset.document_index
         size = self.dataset.dtype.itemsize
-        sequences = np.searchsorted(offsets, [start * size, stop * size])
-        low, high = np.searchsorted(documents, sequences)
+        # bisect, not np.searchsorted: columns of an .idx are not aligned, and numpy would copy all of one to align it
+        low, high = (bisect_left(documents, bisect_left(offsets, place * size)) for place in (start, stop))
         found = np.asarray(documents[low:high], dtype=np.int64)
         places = np.asarray(offsets[found[found < len(offsets)]], dtype=np.int64) // size
         return places[(places >= start) & (places < stop)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: a memory map does not travel, so its file is opened again there."""
+        state = dict(self.__dict__)
+        if isinstance(self.dataset, IndexedDataset):
+            state["dataset"], state["reopen"] = None, self.dataset.prefix
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        prefix = state.pop("reopen", None)
+        self.__dict__.update(state)
+        if prefix is not None:
+            self.dataset = IndexedDataset(prefix)
 
     @property
     def fingerprint(self) -> str:

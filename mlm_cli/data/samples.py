@@ -1,4 +1,7 @@
-"""The recipe's ``data`` section -> the sample sources of train, valid and test, checked before the first step."""
+"""The recipe's ``data`` section -> the sample sources of train, valid and test, checked before the first step.
+
+What a source is lies in ``packed.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlm_cli import log
-from mlm_cli.data.indexed import IndexedDataset, resolve_prefix
+from mlm_cli.data.indexed import IndexedDataset
 from mlm_cli.data.packed import GPTSamples, SampleSource
 from mlm_cli.data.sidecar import load_sidecar
 from mlm_cli.data.split import SPLITS, split_documents
@@ -16,6 +19,8 @@ from mlm_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.schema import DataSection, WeightedPrefix
+
+__all__ = ["GPTSamples", "SampleSource", "open_training_data"]
 
 _CHECKED_TOKENS = 1 << 25  # read at most this many ids (64-128 MB) when looking for ids outside the vocabulary
 
@@ -106,7 +111,7 @@ def _say_rounding(train: SampleSource | None) -> None:
 
 
 def _open_checked(path: str, vocab_size: int | None, tokenizer_fingerprint: str | None) -> IndexedDataset:
-    dataset = IndexedDataset(resolve_prefix(path))
+    dataset = IndexedDataset(path)
     sidecar = load_sidecar(dataset.prefix)
     if sidecar is None:
         log.detail(f"{dataset.prefix} has no sidecar: its tokenizer cannot be checked")
@@ -117,8 +122,18 @@ def _open_checked(path: str, vocab_size: int | None, tokenizer_fingerprint: str 
             hint="set `tokenizer` to the one the data was made with, or run `mlm preprocess` again",
         )
     if vocab_size is not None:
+        recorded = (sidecar.output(dataset.prefix) or {}).get("max_token_id") if sidecar is not None else None
+        if recorded is not None and recorded >= vocab_size:
+            raise _outside_vocabulary(dataset, f"token id {recorded}", vocab_size)
         _check_ids(dataset, vocab_size)
     return dataset
+
+
+def _outside_vocabulary(dataset: IndexedDataset, what: str, vocab_size: int) -> DataError:
+    return DataError(
+        f"{what} in {dataset.prefix}.bin is not in the vocabulary of {vocab_size:,}",
+        hint="the data was made with another tokenizer: run `mlm preprocess` with the recipe's",
+    )
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
@@ -129,8 +144,5 @@ def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
     for start in np.linspace(0, max(0, total - block), num_blocks).astype(np.int64) if total else ():
         tokens = dataset.tokens(int(start), min(int(start) + block, total))
         if (largest := int(tokens.max())) >= vocab_size:
-            raise DataError(
-                f"token id {largest} in {dataset.prefix}.bin (token {int(start) + int(tokens.argmax()):,}) is not in "
-                f"the vocabulary of {vocab_size:,}",
-                hint="the data was made with another tokenizer: run `mlm preprocess` with the recipe's",
-            )
+            place = int(start) + int(tokens.argmax())
+            raise _outside_vocabulary(dataset, f"token id {largest} (token {place:,})", vocab_size)

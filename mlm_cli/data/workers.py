@@ -2,7 +2,7 @@
 
 ``torch.utils.data`` reports a killed worker from a signal handler, in the middle of whatever the main thread does, and
 starts workers by forking a process with threads. Here workers are fresh interpreters without torch, each with its own
-pipe: worker w computes results w, w + W, w + 2W ... and is held back by the pipe when it is ahead (a few micro-batches).
+pipe: worker w computes results w, w + W, w + 2W ... and is held back by its pipe when a few micro-batches ahead.
 """
 
 from __future__ import annotations
