@@ -8,6 +8,7 @@ A document may hold no sequence at all (an empty text does).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -69,24 +70,22 @@ def resolve_prefix(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     for suffix in (".bin", ".idx"):
         text = text.removesuffix(suffix)
-    if os.path.exists(text + ".idx"):
-        return text
-    for level in ("_text_document", "_text_sentence"):
-        if os.path.exists(f"{text}{level}.idx"):
+    for level in ("", "_text_document", "_text_sentence"):
+        if Path(f"{text}{level}.idx").exists():
             return text + level
-    folder, name = os.path.split(text)
+    base = Path(text)
     found = []
-    if name and os.path.isdir(folder or "."):
-        for entry in sorted(os.listdir(folder or ".")):
-            if entry.startswith(name + "_") and entry.endswith(("_document.idx", "_sentence.idx")):
-                found.append(os.path.join(folder, entry.removesuffix(".idx")))
+    if base.parent.is_dir() and not text.endswith("/"):
+        for entry in sorted(base.parent.iterdir()):
+            if entry.name.startswith(base.name + "_") and entry.name.endswith(("_document.idx", "_sentence.idx")):
+                found.append(entry)
     if len(found) == 1:
-        return found[0]
+        return str(found[0]).removesuffix(".idx")
     if found:
-        names = ", ".join(f"`{os.path.basename(prefix)}`" for prefix in found)
+        names = ", ".join(f"`{entry.stem}`" for entry in found)
         raise DataError(f"`{text}` could mean any of {names}", hint="give the full prefix of one of them")
-    if os.path.exists(text + ".bin"):
-        raise DataError(f"`{text}.bin` has no `{text}.idx` beside it", hint="copy both files, or run `mlm preprocess` again")
+    if Path(text + ".bin").exists():
+        raise DataError(f"`{text}.bin` has no `{text}.idx` beside it", hint="copy both files, or make them again")
     raise DataError(
         f"no indexed data set at `{text}`: neither `{text}.idx` nor `{text}_text_document.idx` exists",
         hint="make one with `mlm preprocess INPUT... --tokenizer TOK --output PREFIX`",
@@ -108,7 +107,7 @@ class IndexedDataset:
         self.prefix = resolve_prefix(prefix)
         self.bin_path, self.idx_path = self.prefix + ".bin", self.prefix + ".idx"
         self._maps: list[mmap.mmap] = []
-        size = os.path.getsize(self.idx_path)
+        size = Path(self.idx_path).stat().st_size
         with open(self.idx_path, "rb") as stream:
             header = stream.read(HEADER_BYTES)
             index = self._map(stream, size)
@@ -143,9 +142,9 @@ class IndexedDataset:
         return mapped
 
     def _open_bin(self) -> None:
-        if not os.path.exists(self.bin_path):
+        if not Path(self.bin_path).exists():
             raise DataError(f"`{self.idx_path}` has no `{self.bin_path}` beside it", hint="copy both files")
-        found = os.path.getsize(self.bin_path)
+        found = Path(self.bin_path).stat().st_size
         expected = 0
         if self.num_sequences:
             expected = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
@@ -157,7 +156,9 @@ class IndexedDataset:
         first = int(self.document_index[0]) if self.num_documents >= 0 else -1
         last = int(self.document_index[-1]) if self.num_documents >= 0 else -1
         if first != 0 or last != self.num_sequences:
-            raise DataError(f"`{self.idx_path}`: its document index runs from {first} to {last}, not 0 to {self.num_sequences}")
+            raise DataError(
+                f"`{self.idx_path}`: its document index runs from {first} to {last}, not 0 to {self.num_sequences}"
+            )
         with open(self.bin_path, "rb") as stream:
             self._bin = self._map(stream, found)
         self._flat: Array = np.frombuffer(self._bin, self.dtype, found // self.dtype.itemsize)
@@ -214,10 +215,8 @@ class IndexedDataset:
         self.lengths = self.offsets = self.document_index = self._flat = np.zeros(0, np.int64)
         self._bin = b""
         for mapped in self._maps:
-            try:
+            with contextlib.suppress(BufferError):  # a view is still in use somewhere: the map goes with it
                 mapped.close()
-            except BufferError:  # a view is still in use somewhere: the map goes with it
-                pass
         self._maps = []
 
     def __len__(self) -> int:
@@ -233,13 +232,15 @@ class IndexedParts:
 
     SUFFIXES = ("bin", "len", "doc")
 
-    def __init__(self, folder: str | os.PathLike[str], name: str, dtype: npt.DTypeLike, sizes: Sequence[int] = (0, 0, 0)) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], name: str, dtype: npt.DTypeLike, sizes: Sequence[int] = (0, 0, 0)
+    ) -> None:
         self.dtype = np.dtype(dtype)
         self.paths = [Path(folder) / f"{name}.{suffix}" for suffix in self.SUFFIXES]
         self.sizes = list(sizes)
         self._files = []
         for path, size in zip(self.paths, self.sizes, strict=True):
-            stream = open(path, "r+b" if size else "wb", buffering=0)
+            stream = path.open("r+b" if size else "wb", buffering=0)
             stream.truncate(size)
             stream.seek(size)
             self._files.append(stream)
@@ -335,8 +336,8 @@ class IndexedWriter:
         self._parts.close()
         index = self._folder / "part.idx"
         self._parts.write_index(index)
-        os.replace(self._parts.paths[0], self.prefix + ".bin")
-        os.replace(index, self.prefix + ".idx")
+        self._parts.paths[0].replace(self.prefix + ".bin")
+        index.replace(self.prefix + ".idx")
         shutil.rmtree(self._folder)
 
     def abandon(self) -> None:

@@ -44,22 +44,22 @@ class Sidecar:
 
     def output(self, prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         """The entry of the pair with this prefix."""
-        name = os.path.basename(os.fspath(prefix))
+        name = Path(prefix).name
         return next((entry for entry in self.outputs if entry["prefix"] == name), None)
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
     """Where the sidecar of a pair lies: ``PREFIX.json``, without the ``_text_document`` of the pair's own prefix."""
     text = os.fspath(prefix)
-    if not os.path.exists(text + ".json"):
+    if not Path(text + ".json").exists():
         text = resolve_prefix(text)
     for level in ("_document", "_sentence"):
         if text.endswith(level):
             base = text.removesuffix(level)
             # the key itself may contain underscores, so the longest prefix that has a sidecar wins
-            while "_" in os.path.basename(base):
+            while "_" in Path(base).name:
                 base = base.rpartition("_")[0]
-                if os.path.exists(base + ".json"):
+                if Path(base + ".json").exists():
                     return Path(base + ".json")
     return Path(text + ".json")
 
