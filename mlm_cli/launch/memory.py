@@ -1,0 +1,83 @@
+"""An estimate of what one rank holds while training, in bytes, each part with its formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups, padded_vocab_size
+from mlm_cli.models.count import count_parameters
+
+ACTIVATIONS_FORMULA = "Korthikanti et al. 2022, table 2, without the attention matrix (fused attention)"
+LOSS_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time, about
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def replicated_parameters(model: ModelSection) -> int:
+    """Parameters that every tensor rank holds in full: positions, norms, biases added after a row-sliced product."""
+    h = model.hidden_size
+    norm = 2 * h if model.norm == "layernorm" else h
+    per_layer = 2 * norm + (2 * h if model.bias else 0)
+    return (model.seq_length * h if model.position == "learned" else 0) + model.num_layers * per_layer + norm
+
+
+def parameters_per_rank(model: ModelSection, tensor: int) -> int:
+    whole = replicated_parameters(model)
+    return whole + (count_parameters(model) - whole) // tensor
+
+
+def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Memory:
+    """What a rank of this recipe holds.
+
+    Args:
+        recipe: with ``model.vocab_size`` set.
+        data_parallel_size: ranks that share the optimizer state under ZeRO.
+        accumulate: gradients of several micro-batches are summed.
+
+    bf16 counts 2 bytes a weight, and fp32 master, momentum and variance (12 bytes) divided by the data-parallel size
+    under ZeRO-1; gradients are fp32 while they accumulate. fp32 counts 4, 4 and 8 bytes.
+    """
+    model, tensor = recipe.model, recipe.parallel.tensor
+    half = recipe.train.precision != "fp32"
+    params = parameters_per_rank(model, tensor)
+    shards = data_parallel_size if recipe.parallel.zero >= 1 else 1
+    width = 2 if half else 4
+    tokens = recipe.train.micro_batch_size * model.seq_length
+    activations = _activations(model, tensor, tokens, width, full_recompute=recipe.train.recompute == "full")
+    rows = min(tokens, LOSS_CHUNK_TOKENS)
+    return Memory(
+        weights=width * params,
+        gradients=(4 if accumulate or not half else 2) * params,
+        optimizer=(12 if half else 8) * params // shards,
+        activations=activations,
+        logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),
+    )
+
+
+def _activations(model: ModelSection, tensor: int, tokens: int, width: int, *, full_recompute: bool) -> int:
+    """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves."""
+    h = model.hidden_size
+    query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
+    inner = ffn_hidden_size(model) * (3 if model.activation == "swiglu" else 2)
+    outside = 4 * h * width  # inputs and outputs of the two norms
+    if model.hidden_dropout > 0:
+        outside += 2 * h  # byte masks
+    sliced = (2 * query + 2 * groups + inner) * width // tensor  # q, k, v, context; both sides of the activation
+    layer = tokens * (outside + sliced)
+    if full_recompute:
+        return tokens * h * width * model.num_layers + layer
+    return layer * model.num_layers
