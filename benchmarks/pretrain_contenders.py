@@ -1,0 +1,225 @@
+"""One contender of ``benchmarks/pretrain.py``: trains a GPT on the CPU, so many steps each time it is asked.
+
+All see the same random tokens, the same shapes (tied embeddings, no dropout), AdamW and a gradient norm clipped at 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from interleave import serve
+from torch import Tensor, nn
+
+LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 256
+LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
+Work = Callable[[int], dict[str, Any] | None]
+
+
+def tokens(vocab: int, batch: int) -> Iterator[Tensor]:
+    """Rows of ``LENGTH + 1`` ids, the same for every contender; uniform ids, so losses stay near ln(vocab)."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, vocab, (batch, LENGTH + 1), generator=generator)
+
+
+class Block(nn.Module):
+    """nanoGPT's block, as a user would write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, h = x.shape
+        q, k, v = (t.view(b, s, HEADS, h // HEADS).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(h, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, h)
+        x = x + self.out(y)
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.word, self.position = nn.Embedding(vocab, HIDDEN), nn.Embedding(LENGTH, HIDDEN)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(HIDDEN)
+        nn.init.normal_(self.word.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.word(ids) + self.position.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.word.weight)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def plain(args: argparse.Namespace, *, compiled: bool) -> Work:
+    """A plain loop: autocast for bf16, torch's fused AdamW."""
+    model: Any = PlainGPT(args.vocab)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+    parameters = list(model.parameters())
+    model = torch.compile(model) if compiled else model
+    data = tokens(args.vocab, args.batch)
+    bf16 = args.precision == "bf16"
+
+    def work(steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            rows = next(data)
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+                loss = model(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {"loss": float(loss)}
+
+    return work
+
+
+def litgpt(args: argparse.Namespace) -> Work:
+    """litgpt's own pretraining step (`litgpt/pretrain.py`: Fabric, torch.compile, its chunked cross entropy)."""
+    import lightning as L
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy, instantiate_torch_optimizer
+
+    precision = {"fp32": "32-true", "bf16": "bf16-true" if args.contender.endswith("-true") else "bf16-mixed"}
+    fabric = L.Fabric(devices=1, accelerator="cpu", precision=precision[args.precision])
+    config = Config(
+        block_size=LENGTH, n_layer=LAYERS, n_embd=HIDDEN, n_head=HEADS, vocab_size=args.vocab,
+        padded_vocab_size=args.vocab, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
+        intermediate_size=4 * HIDDEN, gelu_approximate="tanh", bias=True, lm_head_bias=False, parallel_residual=False,
+    )  # fmt: skip
+    with fabric.init_module():
+        model = GPT(config)
+    model.transformer.wte.weight = model.lm_head.weight
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+    model = fabric.setup(torch.compile(model))
+    chosen = {"class_path": "torch.optim.AdamW", "init_args": {"lr": LR, "betas": BETAS, "weight_decay": DECAY}}
+    optimizer = fabric.setup_optimizers(instantiate_torch_optimizer(chosen, model.parameters(), fused=True))
+    data = tokens(args.vocab, args.batch)
+
+    def work(steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            rows = next(data)
+            loss = chunked_cross_entropy(model(rows[:, :-1].contiguous()), rows[:, 1:].contiguous())
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"loss": float(loss)}
+
+    return work
+
+
+def trainer(args: argparse.Namespace) -> None:
+    """transformers.Trainer on GPT2LMHeadModel; it runs its own loop, and waits for its turn between steps."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    config = GPT2Config(vocab_size=args.vocab, n_positions=LENGTH, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)  # fmt: skip
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            for rows in tokens(args.vocab, args.batch):
+                for row in rows:
+                    yield {"input_ids": row[:-1], "labels": row[:-1]}
+
+    class Turns(TrainerCallback):
+        """Counts steps; hands control to ``serve`` by running it in a thread that this callback feeds."""
+
+        def __init__(self) -> None:
+            import threading
+
+            self.left, self.go, self.done = 3, threading.Event(), threading.Event()
+            self.first = True
+            self.server = threading.Thread(target=serve, args=(self.ask,), daemon=True)
+
+        def ask(self, steps: int) -> None:
+            self.left = steps
+            self.done.clear()
+            self.go.set()
+            self.done.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.left -= 1
+            if self.left:
+                return
+            if self.first:
+                self.first = False
+                self.server.start()
+            else:
+                self.done.set()
+            while not self.go.wait(0.2):
+                if not self.server.is_alive():
+                    os._exit(0)
+            self.go.clear()
+
+    settings = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch, max_steps=10**6, learning_rate=LR,
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=DECAY, max_grad_norm=CLIP, bf16=args.precision == "bf16",
+        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        lr_scheduler_type="constant", dataloader_num_workers=0, optim="adamw_torch_fused",
+    )  # fmt: skip
+    Trainer(GPT2LMHeadModel(config), settings, train_dataset=Rows(), callbacks=[Turns()]).train()
+
+
+def mlm(args: argparse.Namespace) -> Work:
+    """Ours: the model, engine and objective that `mlm pretrain` builds."""
+    from mlm_cli.config.schema import ModelSection, OptimizerSection
+    from mlm_cli.jobs.pretrain import build_training_step
+
+    model = ModelSection(
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab
+    )
+    optimizer = OptimizerSection(lr=LR, betas=BETAS, weight_decay=DECAY)
+    step = build_training_step(model, optimizer, precision=args.precision, clip_grad=CLIP, seed=1)
+    data = tokens(args.vocab, args.batch)
+
+    def work(steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            rows = next(data)
+            loss = step([{"tokens": rows[:, :-1], "labels": rows[:, 1:]}])
+        return {"loss": float(loss)}
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("contender")
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    args = parser.parse_args()
+    torch.manual_seed(1)
+    if args.contender == "trainer":
+        trainer(args)
+        return
+    makers: dict[str, Callable[[], Work]] = {
+        "mlm": lambda: mlm(args),
+        "mlm-again": lambda: mlm(args),
+        "plain": lambda: plain(args, compiled=False),
+        "compile": lambda: plain(args, compiled=True),
+        "litgpt": lambda: litgpt(args),
+        "litgpt-true": lambda: litgpt(args),
+    }
+    if args.contender not in makers:
+        sys.exit(f"error: no contender `{args.contender}`; there are {', '.join(makers)} and trainer")
+    work = makers[args.contender]()
+    work(3)
+    serve(work)
+
+
+if __name__ == "__main__":
+    main()
