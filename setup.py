@@ -1,4 +1,4 @@
-"""Builds the CPU and CUDA operators while installing, where torch and a compiler are there; all else is in pyproject.toml."""
+"""Builds the operators of csrc/ while installing, where torch and a compiler are; all else is in pyproject.toml."""
 
 import runpy
 from pathlib import Path

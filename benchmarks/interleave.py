@@ -105,7 +105,11 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         flags = cpuinfo.read_text()
         model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
-        model += " (" + ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags) + ")"
+        model += (
+            " ("
+            + ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags)
+            + ")"
+        )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": model or platform.processor(),

@@ -21,13 +21,17 @@ from interleave import Worker, interleave, ratio, save
 
 HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, LENGTH = 6, 384, 256
+CORES = len(os.sched_getaffinity(0))
 OURS = ("mlm", "mlm-again")
-RIVALS = {"fp32": ("plain", "compile", "litgpt", "trainer"), "bf16": ("plain", "compile", "litgpt", "litgpt-true", "trainer")}
+RIVALS = {
+    "fp32": ("plain", "compile", "litgpt", "trainer"),
+    "bf16": ("plain", "compile", "litgpt", "litgpt-true", "trainer"),
+}
 
 
 def matrix_flops(vocab: int, batch: int) -> float:
     """Floating-point operations of the matrix products of one step: forward and twice that backward, attention's
-    two products over the whole square (as Megatron counts them: Narayanan et al. 2021, equation 3, without recompute)."""
+    two products over the whole square (as Megatron counts: Narayanan et al. 2021, equation 3, without recompute)."""
     rows = batch * LENGTH
     dense = LAYERS * 12 * HIDDEN**2 + vocab * HIDDEN
     return 6.0 * rows * (dense + LAYERS * 2 * LENGTH * HIDDEN)
@@ -47,8 +51,11 @@ def best(run):
         start = time.perf_counter(); run(); times.append(time.perf_counter() - start)
     return min(times)
 total = 0.0
-for width, depth, count in ((3*h, h, {LAYERS}), (h, h, {LAYERS}), (4*h, h, {LAYERS}), (h, 4*h, {LAYERS}), ({vocab}, h, 1)):
-    x = torch.randn(rows, depth, dtype=dtype); w = torch.randn(width, depth, dtype=dtype); g = torch.randn(rows, width, dtype=dtype)
+n = {LAYERS}
+for width, depth, count in ((3*h, h, n), (h, h, n), (4*h, h, n), (h, 4*h, n), ({vocab}, h, 1)):
+    x = torch.randn(rows, depth, dtype=dtype)
+    w = torch.randn(width, depth, dtype=dtype)
+    g = torch.randn(rows, width, dtype=dtype)
     total += count * (best(lambda: x @ w.t()) + best(lambda: g @ w) + best(lambda: g.t() @ x))
 print(total)
 """
@@ -64,7 +71,7 @@ def compare(vocab: int, batch: int, precision: str, rounds: int, units: int, nam
             [sys.executable if name in OURS or name in ("plain", "compile") else rival_python,
              str(HERE / "pretrain_contenders.py"), name, "--vocab", str(vocab), "--batch", str(batch),
              "--precision", precision],
-            {"PYTHONPATH": f"{HERE.parent}", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "HF_HUB_OFFLINE": "1"},
+            {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"},
         )
         for name in names
     ]  # fmt: skip

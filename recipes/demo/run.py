@@ -34,7 +34,10 @@ def collect() -> tuple[bytes, int]:
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     held_out, training_bytes = [], 0
-    with open(WORK / "train.jsonl", "w", encoding="utf-8") as train, open(WORK / "heldout.jsonl", "w", encoding="utf-8") as held:
+    with (
+        open(WORK / "train.jsonl", "w", encoding="utf-8") as train,
+        open(WORK / "heldout.jsonl", "w", encoding="utf-8") as held,
+    ):
         for folder, names, files in os.walk(library):
             names[:] = sorted(set(names) - SKIPPED_FOLDERS)
             for name in sorted(files):
@@ -95,6 +98,7 @@ def tokens_per_second() -> float:
 
 def report(held_out: bytes, results: dict[str, float], times: dict[str, float], sample: str) -> None:
     """The closing table: the model beside general compressors on the same bytes, and where the time went."""
+
     def bits(compressed: bytes) -> float:
         return 8 * len(compressed) / len(held_out)
 
