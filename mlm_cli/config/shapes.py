@@ -58,3 +58,24 @@ def hub_layout(model: ModelSection) -> str:
         f"activation {model.activation}, {num_query_groups(model)} query groups",
         hint=f"for the {nearest} layout set model." + " and model.".join(broken),
     )
+
+
+def check_slices(model: ModelSection, tensor: int) -> None:
+    """Refuse a tensor size that does not divide what is sliced (for models that come without a recipe).
+
+    Raises:
+        UsageError: naming the first size that ``tensor`` ranks cannot share.
+    """
+    sizes = {
+        "attention heads": model.num_attention_heads,
+        "query groups": num_query_groups(model),
+        "feed-forward width": ffn_hidden_size(model),
+        "padded vocabulary": padded_vocab_size(model),
+    }
+    for what, size in sizes.items():
+        if size % tensor:
+            fits = max(t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values()))
+            raise UsageError(
+                f"this model's {what} ({size}) cannot be sliced over parallel.tensor={tensor} ranks",
+                hint=f"use parallel.tensor={fits}",
+            )

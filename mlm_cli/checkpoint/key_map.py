@@ -1,0 +1,81 @@
+"""The shape of a map between our parameters and an outside layout, and careful reading of an outside config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one of our parameters lies: one tensor, or one a block of the dimension that is cut in blocks."""
+
+    sources: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Our parameter names against those of an outside layout.
+
+    Attributes:
+        entries: our full parameter name -> where it lies outside.
+        prefix: of the names of the bare model; a file may leave it out.
+        zeros: outside tensors that this model has no parameter for: written as zeros, and must be zeros when read.
+        absent: outside tensors that may be missing and then count as zeros.
+        ignored: outside names that carry nothing (buffers, a second copy of tied weights).
+    """
+
+    entries: dict[str, Entry]
+    prefix: str
+    zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    ignored: re.Pattern[str] = re.compile(r"(?!)")
+
+
+class ConfigReader:
+    """Typed access to an outside ``config.json``; a missing or ill-typed key is a ``CheckpointError`` naming it."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is ...:
+                raise CheckpointError(f"{self.where}: `{key}` is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise CheckpointError(f"{self.where}: `{key}` cannot be {value!r}")
+        return value
+
+    def refuse_unless(self, key: str, allowed: Callable[[Any], bool], reason: str) -> None:
+        """Refuse a model whose ``key``, where given, asks for something we would compute wrongly."""
+        value = self.values.get(key)
+        if value is not None and not allowed(value):
+            raise CheckpointError(f"{self.where}: `{key}: {value}` is not supported: {reason}")
+
+    def section(self, **settings: Any) -> ModelSection:
+        """The model section; what the outside layout has no word for comes from our own ``mlm`` entry."""
+        own = self.get("mlm", dict, {})
+        try:
+            return ModelSection(**{**{k: v for k, v in own.items() if k in KEPT}, **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{self.where}: {key}: {first['msg']}, got {first['input']!r}") from None
+
+
+# Keys of the model section that no outside config.json can hold; kept in its entry `mlm`.
+KEPT = ("make_vocab_size_divisible_by", "hidden_dropout", "attention_dropout", "init_std", "attention")
+
+
+def kept_settings(model: ModelSection) -> dict[str, Any]:
+    return {key: getattr(model, key) for key in KEPT} | {"bias": model.bias}

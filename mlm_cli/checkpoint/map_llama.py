@@ -1,0 +1,104 @@
+"""Llama style models as transformers' ``LlamaForCausalLM`` and back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
+from mlm_cli.errors import CheckpointError
+
+MODEL_TYPE = "llama"
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def read_config(config: ConfigReader) -> ModelSection:
+    """The model section of a Llama ``config.json``."""
+    config.refuse_unless("hidden_act", lambda value: value in ("silu", "swish"), "the activation must be silu")
+    hidden, heads = config.get("hidden_size", int), config.get("num_attention_heads", int)
+    return config.section(
+        num_layers=config.get("num_hidden_layers", int),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads", int, heads),
+        head_dim=config.get("head_dim", int, hidden // max(heads, 1)),
+        ffn_hidden_size=config.get("intermediate_size", int),
+        seq_length=config.get("max_position_embeddings", int, 2048),
+        vocab_size=config.get("vocab_size", int),
+        position="rotary",
+        rotary_base=_rotary_base(config),
+        norm="rmsnorm",
+        norm_eps=config.get("rms_norm_eps", (int, float), 1e-6),
+        activation="swiglu",
+        bias=config.get("attention_bias", bool, False) or config.get("mlp_bias", bool, False),
+        tie_embeddings=config.get("tie_word_embeddings", bool, False),
+    )
+
+
+def _rotary_base(config: ConfigReader) -> float:
+    """Base of the rotary wavelengths, from where transformers 4 or 5 writes it; scaled ones are refused."""
+    rope = config.get("rope_parameters", dict, None) or config.get("rope_scaling", dict, {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{config.where}: rotary positions of type `{kind}` are not supported, only `default`")
+    base = rope.get("rope_theta", config.get("rope_theta", (int, float), 10000.0))
+    if not isinstance(base, int | float):
+        raise CheckpointError(f"{config.where}: `rope_theta` cannot be {base!r}")
+    return float(base)
+
+
+def write_config(model: ModelSection) -> dict[str, Any]:
+    """``config.json`` entries of a model section that ``hub_layout`` found to be Llama's."""
+    return {
+        "model_type": MODEL_TYPE,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": num_query_groups(model),
+        "head_dim": head_dim(model),
+        "intermediate_size": ffn_hidden_size(model),
+        "max_position_embeddings": model.seq_length,
+        "vocab_size": model.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rotary_base,  # read by transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+    }
+
+
+def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
+    """Parameter names. Where only attention or only the feed-forward layer has biases, the others count as zeros."""
+    entries = {
+        "embedding.word.weight": Entry(("model.embed_tokens.weight",)),
+        "final_norm.weight": Entry(("model.norm.weight",)),
+    }
+    absent: set[str] = set()
+    linear = {
+        "attention.qkv": ("self_attn", ("q_proj", "k_proj", "v_proj"), "attention_bias"),
+        "attention.out": ("self_attn", ("o_proj",), "attention_bias"),
+        "mlp.up": ("mlp", ("gate_proj", "up_proj"), "mlp_bias"),
+        "mlp.down": ("mlp", ("down_proj",), "mlp_bias"),
+    }
+    for i in range(model.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        entries[f"{ours}.norm1.weight"] = Entry((f"{theirs}.input_layernorm.weight",))
+        entries[f"{ours}.norm2.weight"] = Entry((f"{theirs}.post_attention_layernorm.weight",))
+        for name, (module, parts, bias_key) in linear.items():
+            for kind in ("weight", "bias") if model.bias else ("weight",):
+                sources = tuple(f"{theirs}.{module}.{part}.{kind}" for part in parts)
+                entries[f"{ours}.{name}.{kind}"] = Entry(sources)
+                if kind == "bias" and config is not None and not config.get(bias_key, bool, False):
+                    absent.update(sources)
+    ignored = r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    if model.tie_embeddings:
+        ignored += r"|lm_head\.weight"
+    else:
+        entries["head.weight"] = Entry(("lm_head.weight",))
+    return KeyMap(entries, "model.", absent=frozenset(absent), ignored=re.compile(ignored))

@@ -1,0 +1,77 @@
+"""The README.md that travels with a model: what it is, what made it, and what is not known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, num_query_groups
+from mlm_cli.models.count import count_parameters
+
+_STYLE = {"gpt2": "GPT-2 style", "llama": "Llama style"}
+
+
+def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's front matter.
+
+    Args:
+        architecture: transformers' class name.
+        dtype: of the weights.
+        meta: training facts, shown as they are; ``name`` becomes the title.
+    """
+    classifier = "Classification" in architecture
+    rows = {
+        "layers": model.num_layers,
+        "hidden size": model.hidden_size,
+        "feed-forward size": ffn_hidden_size(model),
+        "attention heads": model.num_attention_heads,
+        "key/value heads": num_query_groups(model),
+        "longest context": f"{model.seq_length} tokens",
+        "vocabulary": f"{model.vocab_size} tokens",
+        "positions, norm, activation": f"{model.position}, {model.norm}, {model.activation}",
+        "parameters": f"{_exact_parameters(model):,}",
+        "weights": dtype,
+    }
+    facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
+    kind = "text classifier" if classifier else "causal language model"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}",
+        "license: unknown",
+        "tags: [mlm]",
+        "---",
+        "",
+        f"# {meta.get('name', 'A model trained with mlm')}",
+        "",
+        f"A {_STYLE[hub_layout(model)]} {kind}. Opens as `{architecture}` in `transformers`,",
+        "and wherever `mlm` takes a MODEL (`mlm generate`, `mlm evaluate`, `mlm finetune`).",
+        "",
+        "## The model",
+        "",
+        *_table(rows),
+        "",
+        "## How it was trained",
+        "",
+        *(_table(facts) if facts else ["Not recorded."]),
+        "",
+        "## Limits",
+        "",
+        "- Licence unknown: whoever publishes these weights states one, fitting the data they were trained on.",
+        "- It repeats what is in its training text, errors, bias and private details included, and states falsehoods",
+        "  fluently. Nothing here has tested it for a particular use.",
+        f"- Texts longer than {model.seq_length} tokens are beyond what it was trained for.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _exact_parameters(model: ModelSection) -> int:
+    """Parameters as exported: without the padding rows of the vocabulary."""
+    return count_parameters(model.model_copy(update={"make_vocab_size_divisible_by": 1}))
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    cell = {key: str(value).replace("|", "\\|").replace("\n", " ") for key, value in rows.items()}
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cell.items())]

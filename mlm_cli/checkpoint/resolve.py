@@ -1,0 +1,73 @@
+"""What a user may call MODEL: a run folder, a checkpoint folder, an exported folder or a Hub name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mlm_cli.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_STEP = re.compile(r"^step-\d+$")
+
+
+def resolve_model(spec: str | os.PathLike[str]) -> Path:
+    """The folder with ``config.json`` and weights that ``spec`` means.
+
+    Args:
+        spec: a run folder (its latest checkpoint), a checkpoint folder (its ``model/``), a folder in Hugging Face
+            layout, or the name of a model on the Hub (downloaded unless ``HF_HUB_OFFLINE`` is set).
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file", hint="name the folder that holds config.json")
+    name = os.fspath(spec)
+    if not _HUB_NAME.match(name) or name.startswith("."):
+        raise CheckpointError(f"no model folder {path}")
+    return _download(name)
+
+
+def _in_folder(path: Path) -> Path:
+    latest = path / "latest"
+    if (path / "config.json").is_file():
+        return path
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if latest.is_file():
+        name = latest.read_text(encoding="utf-8").strip()
+        if not _STEP.match(name):
+            raise CheckpointError(f"{latest} names no checkpoint: {name[:80]!r}", hint=f"name one of {path}/step-*")
+        if (path / name / "model" / "config.json").is_file():
+            return path / name / "model"
+        raise CheckpointError(
+            f"{latest} names {name}, which holds no model/config.json", hint=f"name one of {path}/step-*"
+        )
+    # A run that was stopped between its first checkpoint and the pointer to it.
+    whole = sorted(found.parent for found in path.glob("step-*/manifest.json"))
+    if whole and (whole[-1] / "model" / "config.json").is_file():
+        return whole[-1] / "model"
+    raise CheckpointError(
+        f"{path} holds no model: neither config.json, nor model/, nor a checkpoint",
+        hint="name a run folder with a checkpoint, a checkpoint folder, or a Hugging Face folder",
+    )
+
+
+def _download(name: str) -> Path:
+    """A model of the Hub, from the local cache where it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"`{name}` is no folder here and cannot be had from the Hub: {reason}",
+            hint="check the path or name; private models need `hf auth login`",
+        ) from None
