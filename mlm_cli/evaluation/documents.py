@@ -1,0 +1,178 @@
+"""Held-out text -> documents ready for scoring: token ids, and how many words and bytes they stand for."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mlm_cli.data.indexed import IndexedDataset, resolve_prefix
+from mlm_cli.data.sidecar import load_sidecar
+from mlm_cli.data.tokenizer import Tokenizer
+from mlm_cli.errors import DataError
+
+_TEXT_SUFFIXES = (".txt", ".raw", ".text", ".md", ".jsonl", ".json")
+_TOGETHER = 64  # documents given to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text to be scored. ``words`` and ``bytes`` are None where the ids cannot be turned back into text."""
+
+    ids: np.ndarray
+    words: int | None
+    bytes: int | None
+
+
+def count_words(text: str) -> int:
+    """Words as white space separates them: the unit of published word-level perplexities."""
+    return len(text.split())
+
+
+def open_documents(
+    paths: Sequence[str], tokenizer: Tokenizer | None, *, key: str = "text", limit: int | None = None
+) -> list[Document]:
+    """Read and tokenise everything that ``paths`` name, in that order.
+
+    Args:
+        paths: prefixes of indexed data sets; ``.jsonl`` (a document a line); folders (their text files, sorted); any
+            other file is one document of plain text. Each also ``.gz`` or ``.zst``.
+        tokenizer: may be None only for indexed data sets.
+        key: of the text in JSON lines.
+        limit: the first so many documents only.
+
+    Raises:
+        DataError: nothing there, not UTF-8, malformed JSON, data of another tokenizer, no text at all.
+    """
+    documents = list(islice(_all_documents(paths, tokenizer, key), limit))
+    if not any(len(document.ids) for document in documents):
+        raise DataError(f"no text to score in {', '.join(paths)}")
+    return documents
+
+
+def _all_documents(paths: Sequence[str], tokenizer: Tokenizer | None, key: str) -> Iterator[Document]:
+    for path in paths:
+        if (prefix := _indexed_prefix(path)) is not None:
+            yield from _indexed_documents(prefix, tokenizer)
+            continue
+        if tokenizer is None:
+            raise DataError("text cannot be scored without a tokenizer", hint="name one with --tokenizer")
+        texts = (text for file in _files_of(Path(path)) for text in read_texts(file, key))
+        while group := list(islice(texts, _TOGETHER)):
+            for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
+                yield Document(np.asarray(ids, dtype=np.int64), count_words(text), len(text.encode("utf-8")))
+
+
+def _indexed_prefix(path: str) -> str | None:
+    if Path(path).exists() and not path.endswith((".bin", ".idx")):
+        return None
+    try:
+        return resolve_prefix(path)
+    except DataError as error:
+        if Path(path).suffix in _TEXT_SUFFIXES or path.endswith((".gz", ".zst")):
+            raise DataError(f"no file {path}") from None
+        raise DataError(f"{path} is neither a file, a folder nor an indexed data set", hint=error.hint) from None
+
+
+def _indexed_documents(prefix: str, tokenizer: Tokenizer | None) -> Iterator[Document]:
+    """Documents of a ``.bin/.idx`` pair, without the end-of-document id that preprocessing may have appended."""
+    dataset = IndexedDataset(prefix)
+    sidecar = load_sidecar(prefix)
+    if sidecar is not None and tokenizer is not None and sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{prefix} was made with another tokenizer ({sidecar.tokenizer_spec}) than the model's",
+            hint="score the text files themselves, or run `mlm preprocess` with the model's tokenizer",
+        )
+    eod = tokenizer.eod_id if tokenizer is not None else sidecar.eod_id if sidecar is not None else None
+    for number in range(dataset.num_documents):
+        ids = dataset.document(number).astype(np.int64)
+        if eod is not None and len(ids) and ids[-1] == eod:
+            ids = ids[:-1]
+        yield Document(ids, *_words_and_bytes(ids, tokenizer))
+
+
+def _words_and_bytes(ids: np.ndarray, tokenizer: Tokenizer | None) -> tuple[int | None, int | None]:
+    if tokenizer is None:
+        return None, None
+    try:
+        content = tokenizer.decode_bytes(ids.tolist())
+    except DataError:  # tokens that are no pieces of bytes: decoded as well as this tokenizer can
+        content = tokenizer.decode(ids.tolist()).encode("utf-8")
+    return count_words(content.decode("utf-8", errors="replace")), len(content)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffix(file) in _TEXT_SUFFIXES]
+    if not files:
+        raise DataError(f"no text files in {path}", hint=f"looked for {' '.join(_TEXT_SUFFIXES)}, also .gz and .zst")
+    return files
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the format: ``.jsonl`` of ``x.jsonl.gz``."""
+    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file, unpacked if it ends in ``.gz`` or ``.zst``.
+
+    Raises:
+        DataError: it does not open, or the package for ``.zst`` is missing.
+    """
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        if path.suffix == ".zst":
+            try:
+                import zstandard
+            except ImportError:
+                raise DataError(f"reading {path} needs zstandard", hint="pip install 'mlm-cli[data]'") from None
+            return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot open {path}: {error.strerror or error}") from None
+
+
+def read_texts(path: Path, key: str = "text") -> Iterator[str]:
+    """The texts of one file: a line each of ``.jsonl``, else the whole file.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    with open_binary(path) as file:
+        try:
+            if _suffix(path) != ".jsonl":
+                yield _decode(file.read(), str(path))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of_line(line, f"{path}:{number}", key)
+        except (EOFError, OSError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _text_of_line(line: bytes, where: str, key: str) -> str:
+    try:
+        record = json.loads(_decode(line, where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f"{where} has no text under the key `{key}`")
+    return text
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8: byte {content[error.start]:#04x} at {error.start}") from None

@@ -1,0 +1,118 @@
+"""``results.json`` in the shape that lm-evaluation-harness writes, and the same as a table.
+
+Its readers find here what they look for: ``results[task]["METRIC,none"]`` and ``["METRIC_stderr,none"]`` ("none" is the
+harness's name for "no filter"; a missing error is ``"N/A"``), ``configs``, ``versions``, ``n-shot``, ``n-samples``,
+``higher_is_better``, ``config``, ``date``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_cli import __version__
+from mlm_cli.errors import ResourceError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task gave. ``stderr`` has an entry for each metric; None: not known."""
+
+    name: str
+    metrics: Mapping[str, float]
+    stderr: Mapping[str, float | None]
+    higher_is_better: Mapping[str, bool]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+    num_samples: int = 0
+    num_original: int = 0
+
+
+def results_document(
+    tasks: Sequence[TaskResult], *, config: Mapping[str, Any], model_name: str, started: float, seconds: float
+) -> dict[str, Any]:
+    """The whole document as plain values.
+
+    Args:
+        config: how the model was run (``model``, ``model_args``, ``batch_size``, ``device``, ...).
+        started: seconds since the epoch.
+        seconds: time the evaluation took.
+    """
+    return {
+        "results": {task.name: _entry(task) for task in tasks},
+        "group_subtasks": {task.name: [] for task in tasks},
+        "configs": {task.name: {"task": task.name, **task.config} for task in tasks},
+        "versions": {task.name: task.version for task in tasks},
+        "n-shot": {task.name: 0 for task in tasks},
+        "higher_is_better": {task.name: dict(task.higher_is_better) for task in tasks},
+        "n-samples": {task.name: {"original": task.num_original, "effective": task.num_samples} for task in tasks},
+        "config": dict(config),
+        "git_hash": None,
+        "date": started,
+        "mlm_version": __version__,
+        "model_source": "mlm",
+        "model_name": model_name,
+        "model_name_sanitized": model_name.strip("/").replace("/", "__"),
+        "total_evaluation_time_seconds": str(seconds),
+    }
+
+
+def _entry(task: TaskResult) -> dict[str, Any]:
+    entry: dict[str, Any] = {"alias": task.name}
+    for metric, value in task.metrics.items():
+        error = task.stderr.get(metric)
+        entry[f"{metric},none"] = value if math.isfinite(value) else str(value)
+        entry[f"{metric}_stderr,none"] = error if error is not None and math.isfinite(error) else "N/A"
+    return entry
+
+
+def write_results(document: Mapping[str, Any], path: Path) -> None:
+    """Write the document, whole or not at all.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def results_table(document: Mapping[str, Any]) -> Table:
+    """The results as the harness prints them: task, metric, value, error."""
+    from rich.table import Table
+
+    table = Table(title=f"{document['model_name']}", title_justify="left")
+    for heading in ("task", "version", "metric", "", "value", "±", "stderr", "samples"):
+        table.add_column(heading, justify="right" if heading in ("value", "stderr", "samples") else "left")
+    for name, entry in document["results"].items():
+        first = True
+        for key, value in entry.items():
+            metric, _, tail = key.rpartition(",")
+            if tail != "none" or metric.endswith("_stderr"):
+                continue
+            error = entry[f"{metric}_stderr,none"]
+            table.add_row(
+                name if first else "",
+                str(document["versions"][name]) if first else "",
+                metric,
+                "↑" if document["higher_is_better"][name].get(metric) else "↓",
+                f"{value:.4f}" if isinstance(value, float) else str(value),
+                "±",
+                f"{error:.4f}" if isinstance(error, float) else str(error),
+                str(document["n-samples"][name]["effective"]) if first else "",
+            )
+            first = False
+    return table
