@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from typing import Any, get_args
 
@@ -89,3 +90,26 @@ def suggest(key: str) -> str | None:
             return same_name[0]
     close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
     return by_last[close[0]] if close else None
+
+
+def describe_keys() -> list[str]:
+    """One line a key: name, type, default, what it means."""
+    lines: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None:
+            lines.append(_describe(name, field))
+            continue
+        lines.append(f"\n{name}:  # {(section.__doc__ or '').strip().partition(chr(10))[0]}")
+        lines += ["  " + _describe(inner, inner_field) for inner, inner_field in section.model_fields.items()]
+    return lines
+
+
+def _describe(name: str, field: Any) -> str:
+    kind = str(field.annotation) if get_args(field.annotation) else field.annotation.__name__
+    kind = re.sub(r"typing\.|mlm_cli\.config\.schema\.", "", kind)
+    kind = re.sub(r"Annotated\[(\w+), FieldInfo\([^)]*\)\]", r"\1", kind)
+    kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list[\1]", kind)
+    default = "required" if field.is_required() else f"default {field.default!r}"
+    meaning = f"  # {field.description}" if field.description else ""
+    return f"{name}: {kind}, {default}{meaning}"

@@ -100,6 +100,8 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
+    """Learning rate over the steps."""
+
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     decay_steps: int | None = Field(
@@ -117,6 +119,8 @@ class ParallelSection(Section):
 
 
 class CheckpointSection(Section):
+    """Saving and resuming."""
+
     every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: int = Field(default=3, ge=0, description="0 keeps all")
     resume: Literal["auto", "never"] | str = Field(default="auto", description="auto, never, or a checkpoint folder")
@@ -158,6 +162,8 @@ class PreprocessSection(Section):
 
 
 class LogSection(Section):
+    """How often progress is told."""
+
     every: int = Field(default=10, ge=1)
     tensorboard: bool = Field(default=True, description="written when the package is installed")
 

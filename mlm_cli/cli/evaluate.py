@@ -1,0 +1,146 @@
+"""`mlm evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlm_cli.cli.app import begin
+from mlm_cli.cli.flags import (
+    DryRunFlag,
+    FormatFlag,
+    HostfileFlag,
+    KeysArgument,
+    ModelArgument,
+    NprocFlag,
+    OutputFlag,
+    QuietFlag,
+    RecipeFlag,
+    SeedFlag,
+    VerboseFlag,
+    overlay,
+    split_arguments,
+)
+from mlm_cli.cli.scoring import MODEL_KEYS, run_request
+from mlm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlm_cli.config.requests import EvaluateRequest
+    from mlm_cli.config.schema import Recipe
+
+
+def evaluate(
+    model_or_key: ModelArgument = None,
+    keys: KeysArgument = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, classification; may be repeated.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Text, indexed prefix or labelled file; may be repeated."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", min=1, metavar="N", help="perplexity: tokens scored a window; unset: no overlap."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Windows at once; never changes a score.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N documents or examples.")
+    ] = None,
+    recipe: RecipeFlag = None,
+    output: OutputFlag = None,
+    nproc: NprocFlag = None,
+    hostfile: HostfileFlag = None,
+    dry_run: DryRunFlag = False,
+    format: FormatFlag = "text",
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+    seed: SeedFlag = None,
+) -> int:
+    """Score a model and write results.json.
+
+    MODEL is a run, checkpoint or Hugging Face folder, or a Hub name.
+    Files named after it count as --data, so that a shell pattern works. Recipe keys that matter here are task.*,
+    tokenizer, parallel.tensor and train.precision.
+
+    \b
+    Examples:
+      mlm evaluate runs/gpt --task perplexity --data held-out.txt --stride 512
+      mlm evaluate runs/gpt --task perplexity --data data/valid parallel.tensor=2 --nproc 2
+      mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
+      mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
+    """
+    begin(quiet=quiet, verbose=verbose)
+    words, overrides = split_arguments(model_or_key, keys)
+    files = [*(data or ()), *words[1:]]
+    asked = overlay(tasks=task, data=files or None, stride=stride, micro_batch_size=batch_size, limit=limit)
+    flags = overlay(seed=seed, output=output) | {f"evaluate.{key}": value for key, value in asked.items()}
+    return run_request(
+        "evaluate",
+        lambda resolved, ranks: _request(resolved, words, _task_keys(overrides), format),
+        _job,
+        spec=recipe,
+        overrides=[text for text in overrides if not text.startswith("task.")],
+        flags=flags,
+        nproc=nproc,
+        hostfile=hostfile,
+        dry_run=dry_run,
+        format=format,
+    )
+
+
+def _job(request: EvaluateRequest) -> int | None:
+    from mlm_cli.jobs import evaluate as job
+
+    return job.run(request)
+
+
+def _request(recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str) -> EvaluateRequest:
+    from mlm_cli.config.requests import EvaluateRequest
+
+    model = words[0] if words else recipe.init_from
+    if model is None:
+        raise UsageError("no model given", hint="mlm evaluate MODEL --task NAME; MODEL is a run folder, for example")
+    for word in words[1:]:
+        if not Path(word).exists() and not list(Path(word).parent.glob(f"{Path(word).name}*.idx")):
+            raise UsageError(
+                f"`{word}` is neither KEY=VALUE nor a file", hint="several tasks are given as `--task A --task B`"
+            )
+    if not recipe.evaluate.tasks:
+        raise UsageError("no task given", hint="add `--task perplexity` or `--task classification`")
+    from_recipe = recipe.task.model_dump(exclude_unset=True) if recipe.task else {}
+    return EvaluateRequest(
+        model=model,
+        tasks=recipe.evaluate.tasks,
+        data=recipe.evaluate.data,
+        stride=recipe.evaluate.stride,
+        limit=recipe.evaluate.limit,
+        output=recipe.output,
+        batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,
+        format="json" if format == "json" else "text",
+        task_keys=tuple({**from_recipe, **task_keys}.items()),
+        **{name: read(recipe) for name, read in MODEL_KEYS.items()},
+    )
+
+
+def _task_keys(overrides: list[str]) -> dict[str, Any]:
+    """`task.*` overrides: columns and labels of a data file, without the training files that a whole section needs."""
+    from mlm_cli.config.schema import TaskSection
+    from mlm_cli.config.yaml_text import parse_value
+
+    found: dict[str, Any] = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        name = key.removeprefix("task.")
+        if key.startswith("task."):
+            if name not in TaskSection.model_fields:
+                from mlm_cli.config.keys import suggest
+
+                near = suggest(key)
+                raise UsageError(f"`{key}` is not a recipe key", hint=f"did you mean `{near}`?" if near else None)
+            found[name] = parse_value(value)
+    return found
