@@ -88,7 +88,7 @@ def save_model_folder(
     for number, shard in enumerate(_split(jobs, max_shard_bytes)):
         tensors = {name: tensor for job in shard for name, tensor in job.make().items()}
         writer.weights(number, tensors)
-    out_dtype = dtype or (next(iter(weights.values())).dtype if weights else model.dtype)
+    out_dtype = dtype or _dtype_of(model, weights)
     writer.finish(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head))
     return writer.records
 
@@ -121,12 +121,17 @@ def _jobs(
         kind = dtype or local.dtype
         size = local.numel() * (model.parallel.tensor.size if shard_of(param) else 1) * kind.itemsize
         jobs.append(_Job(size, _maker(local, param, key_map.entries[name], kind, model.parallel)))
-    default = dtype or (next(iter(weights.values())).dtype if weights else model.dtype)
+    default = dtype or _dtype_of(model, weights)
     zeros = {name: torch.zeros(shape, dtype=default) for name, shape in key_map.zeros.items()}
     extra = {name: tensor.detach().to(default) for name, tensor in head.tensors.items()} if head else {}
     for name, tensor in (zeros | extra).items():
         jobs.append(_Job(tensor.numel() * tensor.element_size(), lambda pair=(name, tensor): dict([pair])))
     return jobs
+
+
+def _dtype_of(model: GPT, weights: Mapping[str, Tensor] | None) -> torch.dtype:
+    """What the weights are now: an engine may have put float32 masters in the place of a bfloat16 model's."""
+    return next(iter(weights.values() if weights else model.parameters())).dtype
 
 
 def _maker(

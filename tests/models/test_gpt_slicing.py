@@ -1,0 +1,128 @@
+"""Slicing does not change the model: initial weights, loss, gradients and a training curve at tensor size 1, 2, 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.random import RandomStreams
+from mlm_cli.parallel.shard import gather_full, shard_of
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 24}
+MODELS = {
+    # at 4 ranks the last slice of this vocabulary holds padding alone
+    "gpt2": ModelSection(**SIZES, vocab_size=130),
+    "llama": ModelSection(
+        **SIZES,
+        vocab_size=250,
+        position="rotary",
+        norm="rmsnorm",
+        activation="swiglu",
+        bias=False,
+        num_query_groups=4,
+        tie_embeddings=False,
+    ),
+}
+
+
+def make_batch(model: ModelSection, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.vocab_size, (3, 25), generator=generator)
+    mask = (torch.rand(3, 24, generator=generator) > 0.2).float()
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+
+
+def gathered(model: GPT, what: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, np.ndarray]:
+    return {
+        name: gather_full(what(param).detach(), shard_of(param), model.parallel.tensor).clone().numpy()
+        for name, param in model.named_parameters()
+    }
+
+
+def train(model_section: ModelSection, parallel: ParallelContext, recompute: bool) -> dict[str, Any]:
+    """Everything about a model that must not depend on how it is sliced."""
+    model = build_gpt(model_section, parallel, seed=11)
+    model.recompute = recompute
+    found: dict[str, Any] = {"weights": gathered(model, lambda param: param)}
+    model.loss(make_batch(model_section, 0))[0].backward()
+    found["grads"] = gathered(model, lambda param: param.grad)
+    with torch.no_grad():
+        batch = make_batch(model_section, 99)
+        found["logits"] = model.gather_logits(model(batch["tokens"])).numpy()
+        found["token losses"] = model.token_losses(batch["tokens"], batch["labels"]).numpy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    curve = []
+    for step in range(20):
+        optimizer.zero_grad()
+        loss, _ = model.loss(make_batch(model_section, step % 4))
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    found["curve"] = np.array(curve)
+    found["padding"] = max(
+        float(np.abs(whole[model_section.vocab_size :]).max(initial=0.0))
+        for name, whole in gathered(model, lambda param: param).items()
+        if name in ("embedding.word.weight", "head.weight")
+    )
+    return found
+
+
+def dropout_repeats(section: ModelSection, parallel: ParallelContext) -> bool:
+    """With dropout on, recomputed activations give the very gradients of kept ones, both streams included."""
+    section = section.model_copy(update={"hidden_dropout": 0.2, "attention_dropout": 0.2})
+    model = build_gpt(section, parallel, seed=3).train()
+    grads = []
+    for recompute in (False, True):
+        model.set_streams(RandomStreams(parallel, 17))
+        model.recompute = recompute
+        model.zero_grad()
+        model.loss(make_batch(section, 0))[0].backward()
+        grads.append([param.grad.clone() for param in model.parameters()])
+        after = torch.rand(2)
+    del after
+    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def on_rank(rank: int, world_size: int) -> dict[str, Any]:
+    parallel = ParallelContext.create(tensor=world_size)
+    found: dict[str, Any] = {name: train(section, parallel, False) for name, section in MODELS.items()}
+    found["dropout repeats"] = all(dropout_repeats(section, parallel) for section in MODELS.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    """One rank, activations recomputed: also shows that recomputation changes nothing."""
+    return {name: train(section, ParallelContext.single(), True) for name, section in MODELS.items()}
+
+
+def assert_close(mine: np.ndarray, theirs: np.ndarray, what: str) -> None:
+    scale = np.abs(theirs).max()
+    assert np.abs(mine - theirs).max() <= 1e-5 * scale, f"{what}: {np.abs(mine - theirs).max() / scale}"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_slicing_does_not_change_the_model(size: int, run_ranks: Callable[..., list[Any]], reference: Any) -> None:
+    for rank, answer in enumerate(run_ranks(on_rank, size)):
+        assert answer["dropout repeats"]
+        for name in MODELS:
+            mine, theirs = answer[name], reference[name]
+            for key, weight in theirs["weights"].items():
+                assert np.array_equal(mine["weights"][key], weight), f"initial {key} differs on rank {rank}"
+                assert_close(mine["grads"][key], theirs["grads"][key], f"{name} gradient of {key}")
+            assert_close(mine["logits"], theirs["logits"], f"{name} logits")
+            assert_close(mine["token losses"], theirs["token losses"], f"{name} token losses")
+            np.testing.assert_allclose(mine["curve"], theirs["curve"], rtol=1e-5)
+            assert mine["curve"][-1] < mine["curve"][0] - 0.5, "it did not learn"
+            assert mine["padding"] == 0.0, "padding rows got a gradient"
+
+
+def test_one_rank_recomputes_with_the_same_dropout() -> None:
+    assert all(dropout_repeats(section, ParallelContext.single()) for section in MODELS.values())
