@@ -1,0 +1,116 @@
+"""``manifest.json``: sizes and SHA-256 of every file of a checkpoint, and where in training it was taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlm_cli.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        step: optimizer updates taken.
+        consumed_samples: samples of the training data already seen; the next one is sample number ``consumed_samples``.
+        recipe_hash: of the recipe's parts that make a run what it is (``training.session``).
+        data_fingerprint: of the training data.
+        layout: ranks it was written by, ``{"world": 2, "tensor": 2, "data": 1, ...}``.
+        files: path inside the checkpoint -> size and SHA-256.
+        versions: of this tool and the libraries beside it.
+    """
+
+    step: int
+    consumed_samples: int
+    recipe_hash: str
+    data_fingerprint: str | None
+    layout: dict[str, int]
+    files: dict[str, FileRecord]
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in one pass."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below a checkpoint but the manifest itself, as sorted POSIX paths."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: none there, not JSON, of a newer version, or lacking a key.
+    """
+    path = folder / MANIFEST
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} does not read as JSON ({error})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict):
+        raise CheckpointError(f"{path} is not a manifest")
+    if raw.get("version", 0) > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has version {raw['version']}; this mlm reads up to {FORMAT_VERSION}")
+    try:
+        files = {name: FileRecord(int(entry["size"]), str(entry["sha256"])) for name, entry in raw.pop("files").items()}
+        return Manifest(files=files, **raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a manifest ({error})") from None
+
+
+def find_damage(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each; empty when all is well.
+
+    Sizes are looked at for all files, hashes for every ``parts``-th file from ``part`` on: ranks share the work.
+    """
+    damage = []
+    sound = []
+    for name, record in sorted(manifest.files.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            damage.append(f"{name} is missing")
+            continue
+        if size != record.size:
+            damage.append(f"{name} has {size:,} bytes instead of {record.size:,}")
+        else:
+            sound.append(name)
+    # Largest first, dealt round robin: no rank is left with all the big ones.
+    sound.sort(key=lambda name: (-manifest.files[name].size, name))
+    for name in sound[part::parts]:
+        try:
+            found = hash_file(folder / name).sha256
+        except OSError as error:
+            damage.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if found != manifest.files[name].sha256:
+            damage.append(f"{name} has another sha256 than when it was written")
+    return damage

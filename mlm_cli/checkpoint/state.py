@@ -1,0 +1,188 @@
+"""``state/``: what resuming needs beyond the weights of ``model/``, as safetensors without pickle.
+
+Each rank writes ``rank-XXXXX.safetensors``: of every parameter the part that this rank's optimizer owns (a flat range
+of the rank's tensor slice) of the float32 master weight and both Adam moments; the state of its random generators; and
+as JSON metadata the layout, so that any other layout can be assembled from the files of all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlm_cli.checkpoint.manifest import FileRecord
+from mlm_cli.checkpoint.tensor_file import write_tensors
+from mlm_cli.errors import CheckpointError
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.shard import Shard
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+METADATA_KEY = "mlm_state"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter's optimizer state that this rank owns.
+
+    Attributes:
+        name: of the parameter, as in ``named_parameters``.
+        shape: of this rank's tensor slice of the parameter.
+        shard: how that slice was cut; None: not sliced.
+        start: where the fragment begins in the flattened slice.
+        tensors: ``KINDS`` -> the live flat float32 tensors of the optimizer; writing to them loads a state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shard: Shard | None
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.tensors["master"].numel()
+
+
+class HasState(Protocol):
+    """What a training engine shows of its state (``training.engine.Engine``)."""
+
+    updates: int
+
+    def fragments(self) -> Sequence[Fragment]: ...
+
+    def refresh(self) -> None: ...
+
+
+class Streams(Protocol):
+    """Random streams of the model (``parallel.random.RandomStreams``)."""
+
+    def get_state(self) -> dict[str, Tensor]: ...
+
+    def set_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: what the loop needs to go on.
+
+    ``extra`` holds plain JSON values of the job, such as the best score of a fine-tuning run.
+    """
+
+    step: int
+    consumed_samples: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def rank_file(rank: int) -> str:
+    return f"state/rank-{rank:05d}.safetensors"
+
+
+def layout_of(parallel: ParallelContext) -> dict[str, int]:
+    return {
+        "world": parallel.world.size,
+        "tensor": parallel.tensor.size,
+        "data": parallel.data.size,
+        "pipeline": parallel.pipeline.size,
+    }
+
+
+def state_bytes(engine: HasState) -> int:
+    """Bytes this rank will write, for the free-space check."""
+    return sum(4 * fragment.numel * len(KINDS) for fragment in engine.fragments()) + (1 << 16)
+
+
+def write_state(
+    folder: Path, engine: HasState, streams: Streams | None, position: Position, parallel: ParallelContext
+) -> FileRecord:
+    """Write this rank's file below the checkpoint ``folder``; returns its size and hash."""
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Any] = {}
+    for fragment in engine.fragments():
+        parameters[fragment.name] = {
+            "start": fragment.start,
+            "numel": fragment.numel,
+            "shape": list(fragment.shape),
+            "shard": None if fragment.shard is None else [fragment.shard.dim, fragment.shard.blocks],
+        }
+        if fragment.numel:
+            tensors |= {f"{kind}/{fragment.name}": fragment.tensors[kind] for kind in KINDS}
+    rng_tensors, rng_values = _rng_state(parallel.device, streams)
+    tensors |= rng_tensors
+    about = {
+        "version": FORMAT_VERSION,
+        "step": position.step,
+        "consumed_samples": position.consumed_samples,
+        "updates": engine.updates,
+        "extra": position.extra,
+        "layout": layout_of(parallel),
+        "place": {
+            "world": parallel.world.rank,
+            "tensor": parallel.tensor.rank,
+            "data": parallel.data.rank,
+            "pipeline": parallel.pipeline.rank,
+        },
+        "parameters": parameters,
+        "rng": rng_values,
+    }
+    metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
+    return write_tensors(folder / rank_file(parallel.world.rank), tensors, metadata)
+
+
+def read_about(path: Path) -> tuple[dict[str, Any], Any]:
+    """The metadata of a rank's file and its open safetensors handle.
+
+    Raises:
+        CheckpointError: not a safetensors file, or not one of these.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(str(path), framework="pt")
+        about = json.loads((handle.metadata() or {})[METADATA_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a training state ({type(error).__name__}: {error})") from None
+    if about["version"] > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has version {about['version']}; this mlm reads up to {FORMAT_VERSION}")
+    return about, handle
+
+
+def restore_rng(about: dict[str, Any], handle: Any, device: torch.device, streams: Streams | None) -> None:
+    """Put back what ``write_state`` stored of every random generator."""
+    values = about["rng"]
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(("MT19937", handle.get_tensor("rng/numpy").numpy().view(np.uint32), *values["numpy"]))
+    torch.set_rng_state(handle.get_tensor("rng/torch"))
+    if device.type == "cuda" and "rng/cuda" in handle.keys():  # noqa: SIM118 - not a dict
+        torch.cuda.set_rng_state(handle.get_tensor("rng/cuda"), device)
+    names = [key for key in handle.keys() if key.startswith("rng/stream/")]  # noqa: SIM118 - not a dict
+    stored = {name.removeprefix("rng/stream/"): handle.get_tensor(name) for name in names}
+    if streams is not None and stored:
+        streams.set_state(stored)
+
+
+def _rng_state(device: torch.device, streams: Streams | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and JSON values of the generators whose state is no tensor."""
+    generator = np.random.get_state(legacy=False)
+    assert isinstance(generator, dict)
+    keys = generator["state"]["key"].view(np.int32).copy()
+    tensors = {"rng/torch": torch.get_rng_state(), "rng/numpy": torch.from_numpy(keys)}
+    if device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+    for name, state in (streams.get_state() if streams is not None else {}).items():
+        tensors[f"rng/stream/{name}"] = state
+    version, internal, gauss = random.getstate()
+    values = {
+        "python": [version, list(internal), gauss],
+        "numpy": [int(generator["state"]["pos"]), int(generator["has_gauss"]), float(generator["gauss"])],
+    }
+    return tensors, values

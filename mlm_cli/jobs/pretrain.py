@@ -1,0 +1,316 @@
+"""The body of ``mlm pretrain``: everything swappable is built here, from the recipe, then the loop runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from contextlib import closing
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlm_cli import distributed, log
+from mlm_cli.checkpoint import agree
+from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, resolve_model, save_model_folder
+from mlm_cli.checkpoint.load import load_state
+from mlm_cli.checkpoint.save import Checkpointer, Identity
+from mlm_cli.checkpoint.state import Position
+from mlm_cli.config.derived import Batch, batch_arithmetic
+from mlm_cli.config.schema import Recipe
+from mlm_cli.config.shapes import check_slices
+from mlm_cli.data.loader import batches
+from mlm_cli.data.samples import SampleSource, open_training_data
+from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_cli.errors import UsageError
+from mlm_cli.models.count import FLOPS_FORMULA, count_parameters, flops_per_token
+from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.random import RandomStreams, key_of
+from mlm_cli.training.engine import OptimizerSettings, build_engine, choose_engine
+from mlm_cli.training.loop import Plan, train
+from mlm_cli.training.metrics import find_peak
+from mlm_cli.training.monitor import Monitor
+from mlm_cli.training.precision import choose_dtype
+from mlm_cli.training.schedule import Schedule
+from mlm_cli.training.session import Session, open_session
+from mlm_cli.training.stop import exit_code
+from mlm_cli.training.validation import Validator
+
+
+def run(recipe: Recipe) -> int:
+    """Pretrain, or go on pretraining, on every rank of the job.
+
+    Returns:
+        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when a signal stopped it with a checkpoint.
+
+    Raises:
+        MlmError: see DESIGN section 1 for the exit codes.
+    """
+    env = distributed.init()
+    try:
+        parallel = ParallelContext.create(
+            tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
+        )
+        tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
+        batch = batch_arithmetic(recipe, parallel.world.size)
+        with open_session(_fill_in(recipe, tokenizer, batch)) as session:
+            return _run(session, tokenizer, batch, parallel)
+    finally:
+        distributed.shutdown()
+
+
+def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: ParallelContext) -> int:
+    recipe = session.recipe
+    if session.found is not None and session.complete:
+        step = session.found.manifest.step
+        log.info(f"{session.run} is complete: {step:,} steps taken; raise train.steps to go on")
+        session.status.update("finished", step=step, exit_code=0)
+        return 0
+
+    # data, checked before anything else is built
+    data = agree.all_succeed(lambda: _open_data(recipe, tokenizer))
+    train_source, valid_source = data["train"], data["valid"]
+    assert train_source is not None
+    fingerprint = _data_fingerprint(train_source, tokenizer)
+    session.check_data(fingerprint)
+
+    # model and engine
+    dtype = choose_dtype(recipe.train.precision, parallel.device)
+    _seed_everything(recipe.seed, parallel)
+    model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
+    kind = choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel)
+    engine = build_engine(
+        kind,
+        model,
+        parallel,
+        _optimizer_settings(recipe),
+        dtype=dtype,
+        accumulation=batch.gradient_accumulation_steps,
+        micro_batch_size=batch.micro_batch_size,
+        config_file=session.run.ds_config,
+    )
+
+    # where to begin
+    position = Position(0, 0)
+    if session.found is not None:
+        position = load_state(session.found, engine, streams, parallel)
+        log.info(f"resuming {session.run} from {session.found.folder.name}")
+
+    # what is written
+    checkpointer = Checkpointer(
+        session.run,
+        engine,
+        parallel,
+        write_model=_model_writer(model, tokenizer, recipe),
+        streams=streams,
+        identity=Identity(session.recipe_hash, fingerprint),
+        keep_last=recipe.checkpoint.keep_last,
+    )
+    remaining = recipe.train.steps - position.step
+    checkpointer.check_space(1 + (remaining - 1) // recipe.checkpoint.every if recipe.checkpoint.every else 1)
+    monitor = _build_monitor(session, parallel, dtype, position)
+    _say_plan(recipe, batch, parallel, kind, dtype)
+
+    supply = batches(
+        train_source,
+        start_sample=position.consumed_samples,
+        micro_batch_size=batch.micro_batch_size,
+        data_rank=parallel.data.rank,
+        data_size=parallel.data.size,
+        num_workers=recipe.data.num_workers,
+    )
+    plan = Plan(
+        steps=recipe.train.steps,
+        accumulation=batch.gradient_accumulation_steps,
+        global_batch_size=batch.global_batch_size,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate_every=recipe.evaluate.every,
+    )
+    with closing(monitor), closing(supply):  # type: ignore[type-var]
+        position, received = train(
+            plan,
+            engine,
+            supply,
+            objective,
+            _schedule(recipe),
+            start=position,
+            parallel=parallel,
+            evaluator=_build_validator(valid_source, recipe, batch, parallel),
+            checkpointer=checkpointer,
+            monitor=monitor,
+            stop=session.stop,
+        )
+    if received is not None:
+        code = exit_code(received)
+        session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
+        log.info(f"{received.name}: stopped after step {position.step:,}, checkpoint saved; the same command goes on")
+        return code
+    session.status.update("finished", step=position.step, exit_code=0)
+    log.info(f"{session.run}: {position.step:,} steps done, {session.run.checkpoint(position.step).name} saved")
+    return 0
+
+
+def objective(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Next-token cross entropy."""
+    loss, tokens = model.loss(batch)
+    return loss, {"tokens": tokens}
+
+
+def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
+    """The recipe with the sizes that follow from tokenizer and ranks, so that its copy means the same anywhere."""
+    vocab_size = recipe.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
+    if vocab_size is None:
+        raise UsageError("the size of the vocabulary is unknown", hint="set `tokenizer`, or model.vocab_size")
+    model = recipe.model.model_copy(update={"vocab_size": vocab_size})
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer, where="model.vocab_size")
+    check_slices(model, recipe.parallel.tensor)
+    section = recipe.train.model_copy(update={"global_batch_size": batch.global_batch_size})
+    return recipe.model_copy(update={"model": model, "train": section})
+
+
+def _open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:
+    return open_training_data(
+        recipe.data,
+        seq_length=recipe.model.seq_length,
+        seed=recipe.seed,
+        vocab_size=recipe.model.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer is not None else None,
+    )
+
+
+def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
+    return sha256(f"{source.fingerprint} {tokenizer.fingerprint if tokenizer else None}".encode()).hexdigest()
+
+
+def _seed_everything(seed: int, parallel: ParallelContext) -> None:
+    """Generators that nothing here should draw from, but a library might."""
+    key = key_of(seed, "python", parallel.world.rank)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+
+
+def _build_model(
+    recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype, *, fresh: bool
+) -> tuple[GPT, RandomStreams]:
+    """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
+    if fresh and recipe.init_from is not None:
+        init_from = recipe.init_from
+        model, section = agree.all_succeed(lambda: load_model_folder(resolve_model(init_from), parallel))
+        _check_same_shape(section, recipe, init_from)
+    else:
+        model = build_gpt(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
+    model.dtype = dtype
+    model.recompute = recipe.train.recompute == "full"
+    streams = RandomStreams(parallel, recipe.seed)
+    model.set_streams(streams)
+    if recipe.train.compile:
+        for layer in model.layers:
+            layer.compile()
+    return model.train(), streams
+
+
+def _check_same_shape(section: Any, recipe: Recipe, init_from: str) -> None:
+    wanted, found = recipe.model.model_dump(), section.model_dump()
+    free = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
+    differing = [
+        f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"
+        for key in wanted
+        if key not in free and wanted[key] is not None and found[key] is not None and wanted[key] != found[key]
+    ]
+    if differing:
+        raise UsageError(
+            f"init_from {init_from} is another model:\n  " + "\n  ".join(differing),
+            hint="give the model section of that run",
+        )
+
+
+def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
+    section = recipe.optimizer
+    return OptimizerSettings(
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        clip_grad=recipe.train.clip_grad,
+    )
+
+
+def _schedule(recipe: Recipe) -> Schedule:
+    section = recipe.schedule
+    return Schedule(
+        lr=recipe.optimizer.lr,
+        steps=recipe.train.steps,
+        warmup_steps=section.warmup_steps,
+        decay=section.decay,
+        decay_steps=section.decay_steps,
+        min_lr=section.min_lr,
+    )
+
+
+def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
+    name = Path(recipe.output or "model").name
+    dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
+
+    def write(folder: Path, position: Position, metrics: Mapping[str, float]) -> None:
+        meta = {
+            "name": name,
+            "steps": position.step,
+            "samples": position.consumed_samples,
+            "tokens": position.extra.get("tokens"),
+            "training loss": metrics.get("loss"),
+            "validation loss": metrics.get("valid_loss"),
+        }
+        save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype)
+
+    return write
+
+
+def _build_monitor(session: Session, parallel: ParallelContext, dtype: torch.dtype, position: Position) -> Monitor:
+    recipe = session.recipe
+    peak = find_peak(parallel.device, dtype)
+    # A rank that does not know its rate makes the sum unknown.
+    rate = torch.tensor([peak.flops or float("nan")], dtype=torch.float64, device=parallel.device)
+    total = float(parallel.world.all_reduce_(rate))
+    known = None if total != total else total
+    shown = f"{known / 1e12:.2f} TFLOP/s, {peak.source}" if known else peak.source
+    log.detail(f"MFU: model FLOP/s ({FLOPS_FORMULA}) / matrix rate of all ranks ({shown})")
+    return Monitor(
+        session.run,
+        session.status,
+        steps=recipe.train.steps,
+        every=recipe.log.every,
+        device=parallel.device,
+        flops_per_token=flops_per_token(recipe.model),
+        peak_flops=known,
+        tensorboard=recipe.log.tensorboard,
+        resumed_step=position.step,
+        writes=parallel.world.rank == 0,
+    )
+
+
+def _build_validator(
+    source: SampleSource | None, recipe: Recipe, batch: Batch, parallel: ParallelContext
+) -> Validator | None:
+    """A batch of validation is a global batch; no sample is used twice in one validation."""
+    if source is None or recipe.evaluate.every == 0:
+        return None
+    return Validator(
+        source,
+        parallel,
+        num_samples=min(recipe.evaluate.batches * batch.global_batch_size, source.samples_per_epoch),
+        micro_batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
+    )
+
+
+def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
+    label = "bf16" if dtype == torch.bfloat16 else "fp32"
+    layout = f"tensor {parallel.tensor.size} x data {parallel.data.size}"
+    log.info(
+        f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
+        f"{batch.global_batch_size} x {recipe.model.seq_length:,} tokens a step "
+        f"({batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated)"
+    )

@@ -1,0 +1,54 @@
+"""DeepSpeed's JSON: the only file that knows its keys.
+
+Reference: deepspeed.readthedocs.io and ``deepspeed/runtime/config.py``, ``runtime/zero/config.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_BUCKET = 50_000_000  # elements reduced at once; DeepSpeed would set aside 500 million
+
+
+def make_ds_config(
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    data_size: int,
+    zero: int = 1,
+    dtype: torch.dtype = torch.float32,
+    clip_grad: float = 1.0,
+    num_parameters: int | None = None,
+) -> dict[str, Any]:
+    """What DeepSpeed is given; also written to ``ds_config.json`` of the run.
+
+    The optimizer is ours (one AdamW for both engines), so there is no ``optimizer`` section. Gradients are added up and
+    averaged over ranks in float32 whatever the model computes in.
+
+    Args:
+        num_parameters: of this rank; keeps the reduction buffer from being larger than the model.
+    """
+    bucket = min(_BUCKET, num_parameters or _BUCKET)
+    bucket += bucket % 2  # DeepSpeed wants an even number
+    return {
+        "train_batch_size": micro_batch_size * accumulation * data_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_grad,
+        "zero_optimization": {
+            "stage": zero,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": None,
+    }

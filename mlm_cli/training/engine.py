@@ -1,0 +1,132 @@
+"""What the loop needs of an engine, and which engine a layout gets.
+
+An engine holds the model, its float32 master weights and AdamW's moments. One update is ``accumulate`` (forward and
+backward of every micro-batch) and ``step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlm_cli.checkpoint.state import Fragment
+from mlm_cli.errors import UsageError
+from mlm_cli.parallel.context import ParallelContext
+
+Batch = dict[str, Tensor]
+# objective(model, batch) -> (mean loss of the micro-batch with gradient, sums such as {"tokens": ...}; no gradient)
+Objective = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one micro-batch gave: its loss (float32 scalar, detached) and the objective's sums."""
+
+    loss: Tensor
+    sums: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov & Hutter 2019). Weight decay skips parameters of one dimension: biases and norms."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+
+    def decay_of(self, parameter: Tensor) -> float:
+        return self.weight_decay if parameter.dim() > 1 else 0.0
+
+
+class Engine(Protocol):
+    """An optimizer around a model. All ranks call every method together.
+
+    Attributes:
+        model: the module, for evaluation; its weights are those of the last update.
+        updates: optimizer updates taken (Adam's step count).
+    """
+
+    name: str
+    model: nn.Module
+    updates: int
+
+    def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
+        """Forward and backward of the micro-batches of one update; gradients are averaged over them."""
+
+    def step(self, lr: float) -> float:
+        """Clip and apply the gradients, and forget them; returns the global gradient norm before clipping.
+
+        When the norm is not finite nothing is applied to any weight.
+        """
+
+    def fragments(self) -> Sequence[Fragment]:
+        """The optimizer state this rank owns, as live tensors."""
+
+    def refresh(self) -> None:
+        """After writing to ``fragments()``: bring the model's weights in line with the masters."""
+
+    def fp32_weights(self) -> AbstractContextManager[None]:
+        """While it is open the model's parameters are the float32 masters; for writing ``model/``."""
+
+
+def choose_engine(
+    wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, parallel: ParallelContext
+) -> Literal["deepspeed", "plain"]:
+    """DeepSpeed where ZeRO has something to shard, else a plain optimizer step; an explicit wish is honoured.
+
+    Raises:
+        UsageError: the wish and ``parallel.zero`` contradict each other.
+    """
+    if wanted == "deepspeed" and zero == 0:
+        raise UsageError(
+            "train.engine=deepspeed needs parallel.zero=1", hint="set parallel.zero=1, or train.engine=plain"
+        )
+    if wanted == "plain" and zero > 0 and parallel.data.size > 1:
+        raise UsageError(
+            f"train.engine=plain cannot shard (parallel.zero={zero}) over {parallel.data.size} data ranks",
+            hint="set parallel.zero=0, or train.engine=auto",
+        )
+    if wanted != "auto":
+        return wanted
+    return "deepspeed" if zero > 0 and parallel.data.size > 1 else "plain"
+
+
+def build_engine(
+    kind: Literal["deepspeed", "plain"],
+    model: nn.Module,
+    parallel: ParallelContext,
+    settings: OptimizerSettings,
+    *,
+    dtype: torch.dtype,
+    accumulation: int,
+    micro_batch_size: int,
+    config_file: Path | None = None,
+) -> Engine:
+    """Put a float32 model under an engine that computes in ``dtype``.
+
+    Args:
+        accumulation: micro-batches of one update on this rank.
+        config_file: where to leave a copy of what DeepSpeed was given.
+    """
+    if kind == "plain":
+        from mlm_cli.training.engine_plain import PlainEngine
+
+        return PlainEngine(model, parallel, settings, dtype=dtype, accumulation=accumulation)
+    from mlm_cli.training.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        parallel,
+        settings,
+        dtype=dtype,
+        accumulation=accumulation,
+        micro_batch_size=micro_batch_size,
+        config_file=config_file,
+    )

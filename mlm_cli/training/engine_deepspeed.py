@@ -1,0 +1,213 @@
+"""The engine on DeepSpeed: ZeRO-1 over the data ranks, tensor slicing through our ``mpu``.
+
+Float32 runs on ``DeepSpeedZeroOptimizer``, bfloat16 with float32 gradients on ``BF16_Optimizer``. Both link each
+parameter to the fragment of master weight and moments that this rank owns (``param._hp_mapping``,
+``deepspeed/utils/tensor_fragment.py``): through these links checkpoints are read and written without DeepSpeed's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mlm_cli.checkpoint.folder import write_atomic
+from mlm_cli.checkpoint.state import KINDS, Fragment
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.shard import shard_of
+from mlm_cli.training.adamw import AdamW, parameter_groups
+from mlm_cli.training.ds_config import make_ds_config
+from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
+
+
+class _Runner(nn.Module):
+    """What DeepSpeed wraps: its forward is the objective, so that its hooks see the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, objective: Objective, batch: Batch) -> Any:
+        return objective(self.model, batch)
+
+
+class DeepSpeedEngine:
+    """See ``training.engine.Engine``; the model is taken over and its weights become ``dtype``."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: ParallelContext,
+        settings: OptimizerSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+        accumulation: int = 1,
+        micro_batch_size: int = 1,
+        config_file: Path | None = None,
+    ) -> None:
+        self.model, self.parallel, self.accumulation = model, parallel, accumulation
+        self._updates = 0
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for _, parameter in self._named:
+            # The name DeepSpeed's norm looks for; parameters without it count once over the tensor group.
+            parameter.tensor_model_parallel = shard_of(parameter) is not None  # type: ignore[attr-defined]
+        config = make_ds_config(
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            data_size=parallel.data.size,
+            dtype=dtype,
+            clip_grad=settings.clip_grad,
+            num_parameters=sum(parameter.numel() for _, parameter in self._named),
+        )
+        if config_file is not None and parallel.world.rank == 0:
+            write_atomic(config_file, json.dumps(config, indent=2) + "\n")
+        masters = [parameter.detach().clone() for _, parameter in self._named] if dtype != torch.float32 else []
+        self._optimizer = AdamW(parameter_groups((p for _, p in self._named), settings), settings)
+        # The order in which DeepSpeed lays the parameters of each group out.
+        self._groups: list[list[Tensor]] = [list(group["params"]) for group in self._optimizer.param_groups]
+        with _quiet_deepspeed():
+            self._deepspeed = _initialize(_Runner(model), self._optimizer, config, parallel)
+            self._zero = self._deepspeed.optimizer
+            self._optimizer.make_state()
+            self._zero._lazy_init_hp_params_optimizer_state()
+        self._start_from(masters)
+
+    @property
+    def updates(self) -> int:
+        return self._updates
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        self._updates = value
+
+    def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
+        outcomes = []
+        for number, batch in enumerate(batches, start=1):
+            loss, sums = self._deepspeed(objective, batch)
+            self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last
+            if number < len(batches):
+                self._deepspeed.step()  # only counts
+            outcomes.append(Outcome(loss.detach().float(), sums))
+        return outcomes
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.updates = self._updates + 1
+        self._deepspeed.step()
+        if not self._deepspeed.was_step_applied():
+            return math.inf
+        self._updates += 1
+        return float(self._zero._global_grad_norm)
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for name, parameter in self._named:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            empty = torch.empty(0, device=self.parallel.device)
+            tensors = dict.fromkeys(KINDS, empty)
+            if mapping is not None:
+                tensors = {
+                    "master": mapping.hp_fragment.detach(),
+                    "exp_avg": mapping.get_optim_state_fragment("exp_avg").detach(),
+                    "exp_avg_sq": mapping.get_optim_state_fragment("exp_avg_sq").detach(),
+                }
+            start = 0 if mapping is None else mapping.lp_fragment_address.start
+            found.append(Fragment(name, tuple(parameter.shape), shard_of(parameter), start, tensors))
+        return found
+
+    def refresh(self) -> None:
+        self._zero.update_lp_params()
+
+    @contextmanager
+    def fp32_weights(self) -> Iterator[None]:
+        full = self._gather_masters()
+        computed = [parameter.data for _, parameter in self._named]
+        for _, parameter in self._named:
+            parameter.data = full[id(parameter)]
+        try:
+            yield
+        finally:
+            for (_, parameter), weights in zip(self._named, computed, strict=True):
+                parameter.data = weights
+
+    def _gather_masters(self) -> dict[int, Tensor]:
+        """The float32 masters, by ``id`` of the parameter, from the partitions of all data ranks."""
+        full: dict[int, Tensor] = {}
+        for group, members in zip(self._optimizer.param_groups, self._groups, strict=True):
+            flat = torch.cat(self.parallel.data.all_gather(group["params"][0].detach()))
+            offset = 0
+            for parameter in members:
+                full[id(parameter)] = flat[offset : offset + parameter.numel()].view(parameter.shape)
+                offset += parameter.numel()
+        return full
+
+    @torch.no_grad()
+    def _start_from(self, masters: list[Tensor]) -> None:
+        """DeepSpeed makes float32 masters from the rounded weights; put back the bits that rounding took."""
+        if not masters:
+            return
+        for fragment, master in zip(self.fragments(), masters, strict=True):
+            fragment.tensors["master"].copy_(master.view(-1)[fragment.start : fragment.start + fragment.numel])
+        self.refresh()
+
+
+def _initialize(module: nn.Module, optimizer: AdamW, config: dict[str, Any], parallel: ParallelContext) -> Any:
+    """``deepspeed.initialize`` without its launcher, its op builders and its scheduler."""
+    if parallel.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        # One rank alone: DeepSpeed wants a group all the same.
+        backend = "nccl" if parallel.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(parallel.device.index or 0))
+    if parallel.data.handle is None:
+        parallel = ParallelContext.create(device=parallel.device)
+    import deepspeed
+
+    # An empty answer to "which C++ operators can be built here": nothing is probed or compiled at start-up.
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, mpu=parallel.mpu, dist_init_required=False
+    )
+    return engine
+
+
+@contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """Its prints and logs stay off stdout and stderr; what it logs goes to our ``mlm.deepspeed`` logger (rank log)."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        yield
+    ours = logging.getLogger("mlm.deepspeed")
+    theirs = logging.getLogger("DeepSpeed")
+    theirs.handlers = []
+    theirs.propagate = False
+    theirs.addHandler(_Forward(ours))
+    for line in said.getvalue().splitlines():
+        ours.debug(line)
+
+
+class _Forward(logging.Handler):
+    """Hands records of one logger to another."""
+
+    def __init__(self, target: logging.Logger) -> None:
+        super().__init__()
+        self.target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.target.handle(record)
