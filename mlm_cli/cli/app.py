@@ -45,7 +45,9 @@ Options:
   -h, --help  Show this message.
 
 Every verb explains itself with examples: mlm VERB --help
-A first run: mlm pretrain debug/gpt --output runs/first
+A first run, of seconds, on any text:
+  mlm preprocess book.txt --tokenizer bytes --output data/book
+  mlm pretrain debug/gpt data.path=data/book --output runs/first
 """
 
 

@@ -44,7 +44,7 @@ def pretrain(
 
     \\b
     Examples:
-      mlm pretrain debug/gpt --output runs/first
+      mlm pretrain debug/gpt data.path=data/book --output runs/first
       mlm pretrain gpt/355m tokenizer=tok data.path=data/wiki --nproc 8
       mlm pretrain my.yaml parallel.tensor=2 train.precision=fp32 --nproc 2 --dry-run
       torchrun --nproc-per-node 8 -m mlm_cli pretrain my.yaml

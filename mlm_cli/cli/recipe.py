@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from mlm_cli.cli.flags import (
     split_recipe,
 )
 from mlm_cli.cli.output import emit, emit_json
+
+if TYPE_CHECKING:
+    from mlm_cli.config.schema import Recipe
 
 recipe_app = new_app(help="List, show and check recipes.", context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -120,7 +123,7 @@ def check_recipe(
     begin(quiet=quiet, verbose=verbose)
     spec, overrides = split_recipe(recipe_or_key, keys, recipe, verb="recipe check")
     found = resolve_recipe(spec, overrides, verb="plan", world_size=nproc)
-    verb = "finetune" if found.task is not None else "preprocess" if found.preprocess.inputs else "pretrain"
+    verb = _meant_for(found)
     missing = [mistake.keys[0] for mistake in check(found, verb=verb)]
     document: dict[str, Any] = {"recipe": spec, "ok": True, "verb": verb, "still_to_be_given": missing}
     if format == "json":
@@ -154,3 +157,12 @@ def schema(
         return 0
     emit("\n".join(describe_keys()))
     return 0
+
+
+def _meant_for(recipe: Recipe) -> str:
+    """The verb a recipe is for, by the sections it fills in."""
+    if recipe.task is not None:
+        return "finetune"
+    if recipe.preprocess.inputs:
+        return "preprocess"
+    return "evaluate" if recipe.evaluate.tasks else "pretrain"

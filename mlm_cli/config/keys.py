@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 from functools import cache
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -106,10 +105,20 @@ def describe_keys() -> list[str]:
 
 
 def _describe(name: str, field: Any) -> str:
-    kind = str(field.annotation) if get_args(field.annotation) else field.annotation.__name__
-    kind = re.sub(r"typing\.|mlm_cli\.config\.schema\.", "", kind)
-    kind = re.sub(r"Annotated\[(\w+), FieldInfo\([^)]*\)\]", r"\1", kind)
-    kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list[\1]", kind)
     default = "required" if field.is_required() else f"default {field.default!r}"
     meaning = f"  # {field.description}" if field.description else ""
-    return f"{name}: {kind}, {default}{meaning}"
+    return f"{name}: {_kind(field.annotation)}, {default}{meaning}"
+
+
+def _kind(annotation: Any) -> str:
+    """A type in the words of a recipe."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    if inner:
+        return " or ".join(_kind(item) for item in inner if item is not type(None))
+    return "mapping" if section_of(annotation) else str(annotation.__name__)

@@ -83,7 +83,7 @@ def run_hosts(path: str, nproc: int | None, arguments: Sequence[str]) -> int:
     if not _is_here(read_hostfile(path)) and shutil.which("pdsh") is None:
         raise UsageError(
             "DeepSpeed's launcher reaches other hosts through `pdsh`, which is not installed",
-            hint="install pdsh, or start one rank a process with `srun mlm ...`, `mpirun mlm ...` or `torchrun -m mlm_cli ...`",
+            hint="install pdsh, or start the ranks with `srun mlm ...`, `mpirun mlm ...` or `torchrun -m mlm_cli ...`",
         )
     process = subprocess.Popen(build_command(path, nproc, arguments))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

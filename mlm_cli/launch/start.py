@@ -1,4 +1,4 @@
-"""One job, however many ranks: in this process, as N local ranks, on the hosts of a hostfile, or as a rank of someone else's launch."""
+"""One job, however many ranks: in this process, as N of this machine, on many hosts, or as a rank others started."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Ranks:
     """How the ranks of a job come to be.
 
     Attributes:
-        how: ``here`` (one rank, in this process), ``local`` (``nproc`` processes of this machine), ``hosts`` (DeepSpeed's
-            launcher), ``joined`` (this process is already a rank).
+        how: ``here`` (one rank, in this process), ``local`` (``nproc`` processes of this machine), ``hosts``
+            (DeepSpeed's launcher), ``joined`` (this process is already a rank).
         world_size: ranks of the whole job.
         detail: the launcher's name, or the hostfile.
     """
