@@ -1,8 +1,8 @@
 """How a document longer than the context is scored: overlapping windows, every token scored exactly once.
 
 As in Hugging Face's "Perplexity of fixed-length models": windows begin every ``stride`` tokens and a token counts in
-the first window that holds it, so all but a document's first tokens have at least ``length - stride`` tokens of context.
-What context a token has depends on its place alone, not on where the document ends.
+the first window that holds it, so all but a document's first tokens have at least ``length - stride`` of
+context. What context a token has depends on its place alone, not on where the document ends.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class SequenceClassifier(nn.Module):
         return self.score(hidden[rows, lengths - 1])
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy (float32, with gradient) and the number of right answers, for ``tokens, lengths, labels``."""
+        """Mean cross entropy (float32, with gradient) and right answers, for a batch of ``tokens, lengths, labels``."""
         logits = self(batch["tokens"], batch["lengths"])
         right = (logits.detach().argmax(-1) == batch["labels"]).sum()
         return F.cross_entropy(logits, batch["labels"]), right

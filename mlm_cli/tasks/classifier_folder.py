@@ -1,4 +1,4 @@
-"""Classifiers on disk: transformers' ``...ForSequenceClassification`` layout, and starting one from a language model."""
+"""Classifiers on disk in transformers' ``...ForSequenceClassification`` layout; starting one from a language model."""
 
 from __future__ import annotations
 
