@@ -1,11 +1,16 @@
 """Fused operators behind plain functions: a compiled kernel where one was built, else the plain-torch reference.
 
-Every function here has the same meaning, autograd included, on either backend; ``status()`` says which one runs and why.
+Every function here has the same meaning, autograd included, on either backend; ``status()`` says which runs and why.
 ``MLM_OPS=reference`` forces the references.
 """
 
 from __future__ import annotations
 
+from mlm_cli.ops import registry
+
+registry.load()  # before the modules below, which look at what was loaded
+
+# ruff: noqa: E402
 from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm

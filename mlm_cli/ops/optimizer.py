@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlm_cli.ops import reference
+from mlm_cli.ops import reference, registry
+
+if registry.cpu_loaded:
+    from mlm_cli.ops import kernels
 
 
 @torch.no_grad()
@@ -24,11 +27,13 @@ def adamw_(
     step: int,
     grad_scale: float = 1.0,
 ) -> None:
-    """One AdamW update in place, as ``torch.optim.AdamW``; ``step`` counts from 1, the gradient is times ``grad_scale``.
+    """One AdamW update in place (Loshchilov and Hutter 2019), as ``torch.optim.AdamW``.
 
-    ``master``, ``exp_avg``, ``exp_avg_sq`` are float32, ``grad`` float32 or bfloat16; ``model_copy`` (bfloat16 or any
-    float) receives the updated weights. All have the same number of elements.
+    Args:
+        master, exp_avg, exp_avg_sq: float32, contiguous, updated in place.
+        grad: float32, bfloat16 or float16 with as many elements; used as ``grad * grad_scale``.
+        model_copy: receives the updated weights rounded to its dtype, or None.
+        step: of this update, from 1.
     """
-    reference.adamw_(
-        master, grad, exp_avg, exp_avg_sq, model_copy, lr, beta1, beta2, eps, weight_decay, step, grad_scale
-    )
+    update = kernels.adamw_ if registry.serves(master) else reference.adamw_
+    update(master, grad, exp_avg, exp_avg_sq, model_copy, lr, beta1, beta2, eps, weight_decay, step, grad_scale)

@@ -91,7 +91,9 @@ def swiglu(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int, num_valid: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_stats(
+    logits: Tensor, labels: Tensor, vocab_start: int, num_valid: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum, sum of exponentials and the label's logit over the valid columns of a vocabulary slice."""
     wide = _wide(logits[:, :num_valid])
     rows = logits.shape[0]

@@ -1,19 +1,57 @@
-"""Softmax of attention scores with scale and mask fused."""
+"""Softmax of attention scores with scale, mask and dropout in one kernel."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from mlm_cli.ops import reference
+from mlm_cli.ops import reference, registry
+from mlm_cli.ops.autograd import dropout_seed
+
+if registry.cpu_loaded:
+    from mlm_cli.ops import kernels
 
 
-def scaled_masked_softmax(scores: Tensor, mask: Tensor | None = None, scale: float = 1.0, dropout: float = 0.0) -> Tensor:
-    """``softmax(scores * scale)`` over the last dimension; ``mask`` broadcasts, True = hidden, a float mask is added."""
-    return reference.scaled_masked_softmax(scores, mask, scale, dropout)
+def scaled_masked_softmax(
+    scores: Tensor, mask: Tensor | None = None, scale: float = 1.0, dropout: float = 0.0
+) -> Tensor:
+    """``dropout(softmax(scores * scale + mask))`` over the last dimension.
+
+    Args:
+        scores: ``[..., keys]``.
+        mask: broadcasts to ``scores``; bool (True = hidden) or floating (added after the scaling). A floating mask may
+            need a gradient.
+        scale: factor on the scores.
+        dropout: probability.
+
+    Returns:
+        Probabilities in the dtype of ``scores``; a row with every key hidden is zero, and so is its gradient.
+    """
+    if not registry.serves(scores):
+        return reference.scaled_masked_softmax(scores, mask, scale, dropout)
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        scores, mask, scale = scores * scale + mask.to(scores.dtype), None, 1.0
+    return kernels.masked_softmax(scores, mask, dropout_seed(scores, dropout), scale, dropout)
 
 
 def scaled_causal_softmax(
     scores: Tensor, scale: float = 1.0, *, offset: int = 0, window: int | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Softmax of ``scores [..., queries, keys]`` where query ``i`` sees keys ``i + offset - window < j <= i + offset``."""
-    return reference.scaled_causal_softmax(scores, scale, offset, window, dropout)
+    """``dropout(softmax(scores * scale))`` where a query sees no later key; hidden scores are not even read.
+
+    Args:
+        scores: ``[..., queries, keys]``.
+        offset: position of the first query among the keys (cached decoding: ``keys - queries``).
+        window: keys a query sees at most, itself counted; None = all before it.
+
+    Returns:
+        Probabilities; query ``i`` has zeros outside ``i + offset - window < j <= i + offset``.
+
+    Raises:
+        ValueError: a window below 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"scaled_causal_softmax: `window` must be at least 1 or None, got {window}")
+    if not registry.serves(scores):
+        return reference.scaled_causal_softmax(scores, scale, offset, window, dropout)
+    return kernels.causal_softmax(scores, dropout_seed(scores, dropout), scale, offset, window or 0, dropout)

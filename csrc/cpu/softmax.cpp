@@ -1,0 +1,122 @@
+// CPU operators: masked_softmax, causal_softmax and their backward.
+#include "launch.h"
+
+namespace mlm {
+namespace {
+
+constexpr int64_t kNoWindow = int64_t{1} << 62;
+
+std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const Tensor& scores, double scale,
+                                       double dropout, const MaybeTensor& seed) {
+  const Rows shape = as_rows(op, "scores", scores);
+  const Tensor x = packed(scores);
+  a.dropout = dropout_of(op, dropout, seed);
+  Tensor out = new_like(x);
+  Tensor probs = a.dropout.threshold ? new_like(x) : nothing(x);
+  a.x = pointer(x);
+  a.out = pointer(out);
+  a.probs = a.dropout.threshold ? pointer(probs) : nullptr;
+  a.queries = x.dim() >= 2 ? x.size(x.dim() - 2) : 1;
+  a.keys = shape.width;
+  a.scale = scale;
+  a.stream = past_cache(out, shape.width);
+  over_rows(kernels_for(x).softmax_forward, a, shape.rows, row_grain(shape.width));
+  return {out, probs};
+}
+
+// Strides of `mask` seen with the shape of `scores`: 0 where it is broadcast.
+void set_mask(SoftmaxForward& a, const char* op, const Tensor& mask, const Tensor& scores) {
+  const int64_t dims = scores.dim(), missing = dims - mask.dim();
+  MLM_CHECK(dims - 1 <= kMaxDims, op, "`scores` must have at most ", kMaxDims + 1, " dimensions, got ", dims);
+  MLM_CHECK(missing >= 0, op, "`mask` has ", mask.dim(), " dimensions, more than the ", dims, " of `scores`");
+  for (int64_t d = 0; d < dims; ++d) {
+    int64_t stride = 0;
+    if (d >= missing) {
+      const int64_t have = mask.size(d - missing), want = scores.size(d);
+      MLM_CHECK(have == want || have == 1, op, "`mask` has size ", have, " where `scores` has ", want, " (dimension ",
+                d, "), which does not broadcast");
+      stride = have == 1 ? 0 : mask.stride(d - missing);
+    }
+    if (d == dims - 1) {
+      a.mask_key_stride = stride;
+    } else {
+      a.sizes[d] = scores.size(d);
+      a.mask_strides[d] = stride;
+    }
+  }
+  a.dims = static_cast<int>(dims - 1);
+}
+
+std::tuple<Tensor, Tensor> masked_softmax(Tensor scores, MaybeTensor mask, MaybeTensor seed, double scale, double dropout) {
+  const char* op = "masked_softmax";
+  check_floating(op, "scores", scores);
+  as_rows(op, "scores", scores);
+  SoftmaxForward a{};
+  a.window = kNoWindow;
+  MaybeTensor m;
+  if (mask) {
+    m = mask;
+    const ScalarType type = m->scalar_type(), wide = wide_type(scores.scalar_type());
+    MLM_CHECK(type == ScalarType::Bool || is_floating(type), op, "`mask` must be bool or floating, got ", dtype_name(type));
+    if (type == ScalarType::Bool)
+      a.mask_kind = kBoolMask;
+    else if (type == wide)
+      a.mask_kind = kFloatMask;
+    else if (type == scores.scalar_type())
+      a.mask_kind = kSameMask;
+    else {
+      m = torch::stable::to(*m, wide);
+      a.mask_kind = kFloatMask;
+    }
+    const int64_t last = m->dim() - 1;
+    if (last >= 0 && m->size(last) > 1 && m->stride(last) != 1) m = torch::stable::contiguous(*m);
+    set_mask(a, op, *m, scores);
+    a.mask = pointer(m);
+  }
+  return run_forward(a, op, scores, scale, dropout, seed);
+}
+
+std::tuple<Tensor, Tensor> causal_softmax(Tensor scores, MaybeTensor seed, double scale, int64_t offset, int64_t window,
+                                          double dropout) {
+  const char* op = "causal_softmax";
+  check_floating(op, "scores", scores);
+  MLM_CHECK(scores.dim() >= 2, op, "`scores` must be [..., queries, keys], got ", scores.dim(), " dimensions");
+  SoftmaxForward a{};
+  a.causal = true;
+  a.offset = offset;
+  a.window = window > 0 ? window : kNoWindow;
+  return run_forward(a, op, scores, scale, dropout, seed);
+}
+
+Tensor softmax_backward(Tensor grad, Tensor probs, MaybeTensor seed, double scale, double dropout, bool causal,
+                        int64_t offset, int64_t window) {
+  const char* op = "softmax_backward";
+  check_floating(op, "probs", probs);
+  check_like(op, "grad", grad, "probs", probs);
+  const Rows shape = as_rows(op, "probs", probs);
+  const Tensor g = packed(grad), p = packed(probs);
+  Tensor dx = new_like(p);
+  SoftmaxBackward a{};
+  a.grad = pointer(g);
+  a.probs = pointer(p);
+  a.dx = pointer(dx);
+  a.queries = p.dim() >= 2 ? p.size(p.dim() - 2) : 1;
+  a.keys = shape.width;
+  a.scale = scale;
+  a.causal = causal;
+  a.offset = offset;
+  a.window = window > 0 ? window : kNoWindow;
+  a.stream = past_cache(dx, shape.width);
+  a.dropout = dropout_of(op, dropout, seed);
+  over_rows(kernels_for(p).softmax_backward, a, shape.rows, row_grain(shape.width));
+  return dx;
+}
+
+}  // namespace
+}  // namespace mlm
+
+STABLE_TORCH_LIBRARY_IMPL(mlm, CPU, m) {
+  m.impl("masked_softmax", TORCH_BOX(&mlm::masked_softmax));
+  m.impl("causal_softmax", TORCH_BOX(&mlm::causal_softmax));
+  m.impl("softmax_backward", TORCH_BOX(&mlm::softmax_backward));
+}
