@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mlm_cli.data.workers import WorkerPool
+from mlm_cli.data.loader_workers import WorkerPool
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from stand_in import MemoryTokens
 from mlm_cli.data.indexed import IndexedDataset, IndexedWriter
 from mlm_cli.data.loader import batches, restarted_positions
 from mlm_cli.data.packed import GPTSamples, SampleSource
-from mlm_cli.data.workers import WorkerPool
+from mlm_cli.data.loader_workers import WorkerPool
 from mlm_cli.errors import DataError, RankLostError
 
 
@@ -173,7 +173,7 @@ def test_dropping_the_iterator_ends_its_workers(source: SampleSource) -> None:
 
 SCRIPT = """
 import os, signal, sys
-from mlm_cli.data.workers import WorkerPool
+from mlm_cli.data.loader_workers import WorkerPool
 from operator import neg
 if __name__ == "__main__":
     pool = WorkerPool(neg, 2)
