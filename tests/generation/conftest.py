@@ -10,7 +10,11 @@ import transformers
 
 from tests.generation.folders import save_folder
 
-TEXTS = ["The quick brown fox jumps over the lazy dog. " * 20, "naïve café — 東京 🙂 " * 40, "def f(x):\n    return x\n" * 30]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 20,
+    "naïve café — 東京 🙂 " * 40,
+    "def f(x):\n    return x\n" * 30,
+]
 
 
 class Pair(NamedTuple):

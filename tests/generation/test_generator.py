@@ -173,7 +173,9 @@ def test_continuing_reads_only_what_is_new(model: Any) -> None:
     known = decoder.length(0)
     assert known == len(PROMPTS[0]) + 5
     second = generator.continue_text(encoded([text])[0], 0, known)
-    assert second.tokens == answers(model, encoded([text]), temperature=0, max_new_tokens=6, end_ids=frozenset())[0].tokens
+    assert (
+        second.tokens == answers(model, encoded([text]), temperature=0, max_new_tokens=6, end_ids=frozenset())[0].tokens
+    )
 
 
 def test_settings_out_of_range() -> None:
