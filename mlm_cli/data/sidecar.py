@@ -39,8 +39,9 @@ class Sidecar:
     settings: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def output(self, prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         """The entry of the pair with this prefix."""

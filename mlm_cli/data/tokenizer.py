@@ -220,23 +220,23 @@ def fingerprint(definition: dict[str, Any]) -> str:
     """
     model = definition["model"]
     vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        tokens: list[Any] = sorted(vocab.items(), key=lambda item: item[1])
-    else:
-        tokens = [[token, float(score)] for token, score in vocab]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    known = dict(tokens) if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(tokens)}
+    normalizer = _canonical(definition.get("normalizer"))
+    known = dict(vocab) if isinstance(vocab, dict) else {}
     added = []
+    # without a normalizer, whether an added token is matched before or after it makes no difference
+    flags = ("single_word", "lstrip", "rstrip", *(("normalized",) if normalizer else ()))
     for entry in sorted(definition.get("added_tokens") or [], key=lambda entry: entry["id"]):
         known[entry["content"]] = entry["id"]
-        flags = [bool(entry.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized")]
-        added.append([entry["content"], entry["id"], flags])
-    settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+        added.append([entry["content"], entry["id"], [bool(entry.get(flag)) for flag in flags]])
+    tokens = sorted(known, key=known.__getitem__)
+    scored = [[token, float(score)] for token, score in vocab] if isinstance(vocab, list) else []
     content = {
-        "tokens": tokens if isinstance(vocab, list) else sorted(known.items(), key=lambda item: item[1]),
-        "merges": merges,
-        "model": _canonical(settings),
-        "normalizer": _canonical(definition.get("normalizer")),
+        "tokens": tokens,
+        "ids": [known[token] for token in tokens],
+        "scored": scored,
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []],
+        "model": _canonical({key: value for key, value in model.items() if key not in ("vocab", "merges")}),
+        "normalizer": normalizer,
         "pre_tokenizer": _canonical(definition.get("pre_tokenizer")),
         "added": added,
     }

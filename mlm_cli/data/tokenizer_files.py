@@ -16,7 +16,10 @@ from mlm_cli.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_LOADABLE = "a folder or file with `tokenizer.json`, `vocab.json` + `merges.txt`, `vocab.txt` or `*.model`, a Hub name, or `bytes`"
+_LOADABLE = (
+    "a folder or file with `tokenizer.json`, `vocab.json` + `merges.txt`, `vocab.txt` or `*.model`, "
+    "a Hub name, or `bytes`"
+)
 _SPM_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCAB_TO_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -192,7 +195,8 @@ def _byte_level_bpe(vocab_path: Path, merges_path: Path, vocab: dict[str, int] |
         if len(pair) != 2 or pair[0] + pair[1] not in vocab:
             raise ValueError(f"{merges_path.name}:{number}: `{line[:60]}` is not a merge of this vocabulary")
         merges.append(pair)
-    special = [(t, n) for t, n in vocab.items() if re.fullmatch(r"<\|.+\|>|<s>|</s>|<pad>|<unk>|<mask>", t)]
+    marker = re.compile(r"<\|.+\|>|<s>|</s>|<pad>|<unk>|<mask>")
+    special = [(token, number) for token, number in vocab.items() if token[:1] == "<" and marker.fullmatch(token)]
     return definition_of(
         bpe_model(vocab, merges),
         sorted(special, key=lambda item: item[1]),

@@ -1,0 +1,306 @@
+"""Inputs -> segments: runs of whole lines (or one whole document, or a table) that a worker can read by itself.
+
+Every stored byte is read once here and hashed on the way; nothing is parsed. Plain files are cut at line ends and never
+copied. What cannot be read from the middle (compressed files, standard input, tables, Hub data sets) is unpacked into
+small spool files, each deleted when its segment is done, so that memory and disk stay flat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from mlm_cli.data.sources import Source
+from mlm_cli.errors import DataError
+
+BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of one source.
+
+    ``path`` with ``start:stop`` in bytes is where a worker reads it. ``mode``: `jsonl`, `lines`, `whole` (one
+    document), `arrow` (a table; rows from 1), `end` (nothing is left), or what is wrong with it: `long` (a line over
+    the limit), `empty` (a file without a byte). ``resume`` is the position behind it in the unpacked source (bytes, or
+    rows of a table); ``consumed`` stored bytes read so far; ``last`` marks the end of its source, whose ``sha256`` then
+    is known.
+    """
+
+    source: int
+    mode: str
+    path: str
+    start: int
+    stop: int
+    resume: int
+    consumed: int
+    first: bool = False
+    last: bool = False
+    sha256: str | None = None
+    spooled: bool = False
+
+
+class HashingFile:
+    """A binary file whose bytes are hashed as they are read in order."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._hash, self.position = raw, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._raw.read(size)
+        self._hash.update(block)
+        self.position += len(block)
+        return block
+
+    def finish(self) -> str:
+        """Hash what is left unread, and close."""
+        while self.read(BLOCK):
+            pass
+        self._raw.close()
+        return self._hash.hexdigest()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+class Chunker:
+    """Cuts sources into segments of about ``chunk_bytes``.
+
+    Args:
+        text_documents: `file` (a .txt file is one document) or `line`.
+        keys: columns read from tables.
+        spool: folder for unpacked pieces; max_line: longest line or text file, in bytes.
+
+    Raises (while iterating):
+        DataError: a file that cannot be read or unpacked.
+    """
+
+    def __init__(
+        self,
+        keys: tuple[str, ...],
+        text_documents: str,
+        spool: Path,
+        *,
+        chunk_bytes: int = 2 << 20,
+        max_line: int = 32 << 20,
+    ) -> None:
+        self.keys, self.text_documents, self.spool = keys, text_documents, spool
+        self.chunk_bytes, self.max_line = chunk_bytes, max_line
+        self._spooled = 0
+
+    def segments(self, number: int, source: Source, start: int = 0) -> Iterator[Segment]:
+        """Segments of one source, from position ``start`` (a segment's ``resume``) on."""
+        try:
+            if source.format == "hub":
+                from mlm_cli.data.hub_text import hub_segments
+
+                yield from hub_segments(self, number, source, start)
+            elif source.format == "parquet":
+                from mlm_cli.data.parquet_text import parquet_segments
+
+                yield from parquet_segments(self, number, source, start)
+            elif source.format == "txt" and self.text_documents == "file" and source.path != "-":
+                yield from self._whole(number, source, start)
+            else:
+                yield from self._lines(number, source, start)
+        except (EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk or the file system, not what the file holds
+            raise DataError(f"`{source.path}` is cut short or damaged: {error}") from error
+
+    def open(self, source: Source) -> tuple[HashingFile, Any]:
+        """(stored bytes, unpacked bytes) of a source."""
+        raw = HashingFile(sys.stdin.buffer if source.path == "-" else Path(source.path).open("rb"))  # noqa: SIM115
+        return raw, unpacked(raw, source)
+
+    def spool_path(self) -> Path:
+        self._spooled += 1
+        return self.spool / f"{self._spooled:08d}"
+
+    def _whole(self, number: int, source: Source, start: int) -> Iterator[Segment]:
+        """A file that is one document."""
+        if start:
+            return  # it was done
+        raw, stream = self.open(source)
+        size, spooled, path = source.size, False, source.path
+        if source.packed or source.is_stream:
+            content = read_up_to(stream, self.max_line + 1)
+            size, spooled = len(content), True
+            path = str(self.spool_path())
+            Path(path).write_bytes(content)
+        mode = "empty" if size == 0 else "long" if size > self.max_line else "whole"
+        digest = raw.finish()
+        yield Segment(number, mode, path, 0, size, 1, raw.position, True, True, digest, spooled)
+
+    def _lines(self, number: int, source: Source, start: int) -> Iterator[Segment]:
+        """Runs of lines."""
+        mode = "lines" if source.format == "txt" else "jsonl"
+        raw, stream = self.open(source)
+        spooled = bool(source.packed or source.is_stream)
+        template = Segment(number, mode, source.path, 0, 0, 0, 0)
+        position = 0  # in the unpacked source
+        pending: Segment | None = None
+        for begin, stop, sort, pieces in self._runs(stream, start, keep=spooled):
+            position = stop
+            if pending is not None:
+                yield pending
+            pending = replace(
+                template, mode=mode if sort == "run" else sort, start=begin, stop=stop, resume=stop, first=begin == 0
+            )
+            if spooled:
+                path = self.spool_path()
+                with path.open("wb") as out:
+                    out.writelines(pieces)
+                pending = replace(
+                    pending, path=str(path), start=0, stop=stop - begin if sort == "run" else 0, spooled=True
+                )
+            pending = replace(pending, consumed=raw.position)
+        digest = raw.finish()
+        if pending is None:
+            pending = replace(
+                template, mode="end" if start else "empty", start=start, stop=start, first=True, resume=position
+            )
+        yield replace(pending, last=True, sha256=digest, consumed=raw.position)
+
+    def _runs(self, stream: Any, start: int, *, keep: bool) -> Iterator[tuple[int, int, str, list[bytes]]]:
+        """(start, stop, `run` or `long`, bytes if kept) of runs of whole lines; the last line may lack its end."""
+        begin = position = start  # of the run being gathered; of the next byte to read
+        skip_to(stream, start)
+        line_start = start
+        pieces: list[bytes] = []
+        too_long = False
+        while block := stream.read(min(BLOCK, self.chunk_bytes)):
+            cut = block.rfind(b"\n") + 1
+            first_end = block.find(b"\n") + 1
+            if (first_end or len(block)) + position - line_start > self.max_line and not too_long:
+                if line_start > begin:
+                    yield begin, line_start, "run", _head(pieces, line_start - begin)
+                too_long, begin, pieces = True, line_start, []
+            if too_long:
+                if not first_end:
+                    position += len(block)
+                    continue
+                yield begin, position + first_end, "long", []
+                too_long, begin = False, position + first_end
+                block_rest = block[first_end:]
+            else:
+                block_rest = block
+            if keep:
+                pieces.append(block_rest)
+            if cut:
+                line_start = position + cut
+            position += len(block)
+            if line_start - begin >= self.chunk_bytes:
+                if keep:
+                    joined = b"".join(pieces)
+                    pieces = [joined[line_start - begin :]]
+                    yield begin, line_start, "run", [joined[: line_start - begin]]
+                else:
+                    yield begin, line_start, "run", []
+                begin = line_start
+        if position > begin:
+            yield begin, position, "long" if too_long else "run", pieces
+
+
+def _head(pieces: list[bytes], size: int) -> list[bytes]:
+    return [b"".join(pieces)[:size]] if pieces else []
+
+
+def read_up_to(stream: Any, size: int) -> bytes:
+    """Up to ``size`` bytes; less only at the end (a decompressor may give less at a time)."""
+    pieces = []
+    while size > 0 and (block := stream.read(min(size, BLOCK))):
+        pieces.append(block)
+        size -= len(block)
+    return b"".join(pieces)
+
+
+def skip_to(stream: Any, position: int) -> None:
+    """Read and drop the first ``position`` bytes (so that they are hashed all the same)."""
+    while position > 0 and (block := stream.read(min(position, BLOCK))):
+        position -= len(block)
+
+
+def unpacked(raw: HashingFile, source: Source) -> Any:
+    """A file-like object over the unpacked bytes of ``raw``."""
+    if source.packed == "gz":
+        import gzip
+
+        return _Gzip(gzip.GzipFile(fileobj=raw, mode="rb"))  # type: ignore[call-overload]
+    if source.packed == "zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                f"`{source.path}` needs the zstandard package", hint="pip install 'mlm-cli[data]'"
+            ) from error
+        return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), zstandard.ZstdError)  # type: ignore[arg-type]
+    return raw
+
+
+class _Gzip:
+    """Reads gzip, with damage reported as EOFError whatever layer notices it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        import zlib
+
+        try:
+            block: bytes = self._stream.read(size)
+            return block
+        except zlib.error as error:
+            raise EOFError(str(error)) from error
+
+
+class _Zstd:
+    def __init__(self, stream: Any, failure: type[Exception]) -> None:
+        self._stream, self._failure = stream, failure
+
+    def read(self, size: int) -> bytes:
+        try:
+            block: bytes = self._stream.read(size)
+            return block
+        except self._failure as error:
+            raise EOFError(str(error)) from error
+
+
+def read_segment(segment: Segment) -> bytes:
+    """The bytes of a segment, without a byte order mark at the start of its source.
+
+    Raises:
+        DataError: the file is shorter than when it was cut.
+    """
+    with Path(segment.path).open("rb", buffering=0) as stream:
+        stream.seek(segment.start)
+        wanted = segment.stop - segment.start
+        data = stream.read(wanted) if wanted else b""
+        while len(data) < wanted:
+            more = stream.read(wanted - len(data))
+            if not more:
+                raise DataError(
+                    f"`{segment.path}` became shorter while it was read", hint="let nothing write to the input"
+                )
+            data += more
+    return data.removeprefix(_BOM) if segment.first else data
+
+
+def drop_spool(segment: Segment) -> None:
+    """Delete the spool file of a segment that is done."""
+    if segment.spooled:
+        Path(segment.path).unlink(missing_ok=True)
+
+
+def clear_spool(folder: Path) -> None:
+    for name in os.listdir(folder) if folder.is_dir() else ():  # noqa: PTH208
+        (folder / name).unlink(missing_ok=True)

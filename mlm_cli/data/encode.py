@@ -1,0 +1,114 @@
+"""Documents -> ids and lengths, as Megatron's ``preprocess_data.py`` lays them out. Runs in the workers.
+
+A text that gives no token gives no sequence; a document without any token is kept as an empty document and gets no
+end-of-document id; otherwise that id closes the document's last sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlm_cli.data.chunks import Segment
+from mlm_cli.data.parse import Document, parse_segment
+from mlm_cli.data.sentences import split_sentences
+from mlm_cli.data.tokenizer_backends import Encoder, Ids
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a worker needs to know. ``eod`` is None for no end-of-document id."""
+
+    keys: tuple[str, ...]
+    dtype: str
+    eod: int | None
+    split_sentences: bool
+    max_line: int
+
+
+@dataclass
+class Encoded:
+    """Whole documents of one key: all ids, i32 tokens per sequence, i64 sequences per document."""
+
+    tokens: Ids
+    lengths: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.int64]
+    max_token: int
+
+
+@dataclass
+class SegmentResult:
+    """What became of a segment. ``numbers``: line of each document, from 1 within the segment."""
+
+    encoded: dict[str, Encoded]
+    numbers: npt.NDArray[np.int64]
+    lines: int
+    read: int
+    bad: list[tuple[int, str]]
+
+
+def encode_segment(segment: Segment, settings: EncodeSettings, encoder: Encoder) -> SegmentResult:
+    """Read, parse and encode one segment.
+
+    Raises:
+        DataError: the file changed under us. What is wrong with single lines is in the result instead.
+    """
+    parsed = parse_segment(segment, settings.keys, settings.max_line)
+    encoded = {key: encode_documents(documents, settings, encoder) for key, documents in parsed.documents.items()}
+    return SegmentResult(encoded, np.array(parsed.numbers, np.int64), parsed.lines, parsed.read, parsed.bad)
+
+
+def encode_documents(documents: Sequence[Document], settings: EncodeSettings, encoder: Encoder) -> Encoded:
+    """Encode documents of one key; a document is a text, or a list of texts that become sequences of their own."""
+    texts: list[str] = []
+    counts: list[int] | None = None
+    if settings.split_sentences or any(not isinstance(document, str) for document in documents):
+        counts = []
+        for document in documents:
+            pieces = document if isinstance(document, list) else [document]
+            if settings.split_sentences and isinstance(document, str):
+                pieces = split_sentences(document)
+            counts.append(len(pieces))
+            texts += [piece for piece in pieces if isinstance(piece, str)]
+    else:
+        texts = documents  # type: ignore[assignment]  # all of them are text
+    arrays = encoder.encode(texts, settings.dtype)
+    end = None if settings.eod is None else np.array([settings.eod], settings.dtype)
+    if counts is None:
+        return _one_sequence_each(arrays, end, settings.dtype)
+    return _several_sequences(arrays, counts, end, settings.dtype)
+
+
+def _one_sequence_each(arrays: list[Ids], end: Ids | None, dtype: str) -> Encoded:
+    sizes = np.fromiter((array.shape[0] for array in arrays), np.int32, len(arrays))
+    filled = sizes > 0
+    if end is not None:
+        sizes[filled] += 1
+        arrays = [piece for array in arrays if array.shape[0] for piece in (array, end)]
+    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+    return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens))
+
+
+def _several_sequences(arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str) -> Encoded:
+    pieces: list[Ids] = []
+    lengths: list[int] = []
+    sequences: list[int] = []
+    at = 0
+    for count in counts:
+        filled = [array for array in arrays[at : at + count] if array.shape[0]]
+        at += count
+        sequences.append(len(filled))
+        lengths += [array.shape[0] for array in filled]
+        pieces += filled
+        if filled and end is not None:
+            pieces.append(end)
+            lengths[-1] += 1
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+    return Encoded(tokens, np.array(lengths, np.int32), np.array(sequences, np.int64), _top(tokens))
+
+
+def _top(tokens: Ids) -> int:
+    return int(tokens.max()) if tokens.shape[0] else -1
