@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,16 +24,22 @@ from mlm_cli.data.loader import batches
 from mlm_cli.data.samples import SampleSource, open_training_data
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
-from mlm_cli.models.count import FLOPS_FORMULA, count_parameters, flops_per_token
+from mlm_cli.jobs.training_parts import (
+    FREE_MODEL_KEYS,
+    build_monitor,
+    build_schedule,
+    free_settings,
+    optimizer_settings,
+    prepare_for_training,
+    seed_everything,
+)
+from mlm_cli.models.count import count_parameters, flops_per_token
 from mlm_cli.models.gpt import GPT, build_gpt
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.parallel.random import RandomStreams, key_of
-from mlm_cli.training.engine import OptimizerSettings, build_engine, choose_engine
+from mlm_cli.parallel.random import RandomStreams
+from mlm_cli.training.engine import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
-from mlm_cli.training.metrics import find_peak
-from mlm_cli.training.monitor import Monitor
 from mlm_cli.training.precision import choose_dtype
-from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session, open_session
 from mlm_cli.training.stop import exit_code
 from mlm_cli.training.validation import Validator
@@ -80,14 +84,14 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
 
     # model and engine
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    _seed_everything(recipe.seed, parallel)
+    seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
     kind = choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel)
     engine = build_engine(
         kind,
         model,
         parallel,
-        _optimizer_settings(recipe),
+        optimizer_settings(recipe),
         dtype=dtype,
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
@@ -112,7 +116,8 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
     )
     remaining = recipe.train.steps - position.step
     checkpointer.check_space(1 + (remaining - 1) // recipe.checkpoint.every if recipe.checkpoint.every else 1)
-    monitor = _build_monitor(session, parallel, dtype, position)
+    flops = flops_per_token(recipe.model)
+    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops)
     _say_plan(recipe, batch, parallel, kind, dtype)
 
     supply = batches(
@@ -136,7 +141,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             engine,
             supply,
             objective,
-            _schedule(recipe),
+            build_schedule(recipe),
             start=position,
             parallel=parallel,
             evaluator=_build_validator(valid_source, recipe, batch, parallel),
@@ -187,68 +192,34 @@ def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
     return sha256(f"{source.fingerprint} {tokenizer.fingerprint if tokenizer else None}".encode()).hexdigest()
 
 
-def _seed_everything(seed: int, parallel: ParallelContext) -> None:
-    """Generators that nothing here should draw from, but a library might."""
-    key = key_of(seed, "python", parallel.world.rank)
-    random.seed(key)
-    np.random.seed(key % 2**32)
-
-
 def _build_model(
     recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype, *, fresh: bool
 ) -> tuple[GPT, RandomStreams]:
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
-        model, section = agree.all_succeed(lambda: load_model_folder(resolve_model(init_from), parallel))
+        changes = free_settings(recipe.model)
+        model, section = agree.all_succeed(
+            lambda: load_model_folder(resolve_model(init_from), parallel, changes=changes)
+        )
         _check_same_shape(section, recipe, init_from)
     else:
         model = build_gpt(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
-    model.dtype = dtype
-    model.recompute = recipe.train.recompute == "full"
-    streams = RandomStreams(parallel, recipe.seed)
-    model.set_streams(streams)
-    if recipe.train.compile:
-        for layer in model.layers:
-            layer.compile()
-    return model.train(), streams
+    return model.train(), prepare_for_training(model, recipe, parallel, dtype)
 
 
 def _check_same_shape(section: Any, recipe: Recipe, init_from: str) -> None:
     wanted, found = recipe.model.model_dump(), section.model_dump()
-    free = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
     differing = [
         f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"
         for key in wanted
-        if key not in free and wanted[key] is not None and found[key] is not None and wanted[key] != found[key]
+        if key not in FREE_MODEL_KEYS and None not in (wanted[key], found[key]) and wanted[key] != found[key]
     ]
     if differing:
         raise UsageError(
             f"init_from {init_from} is another model:\n  " + "\n  ".join(differing),
             hint="give the model section of that run",
         )
-
-
-def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
-    section = recipe.optimizer
-    return OptimizerSettings(
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        clip_grad=recipe.train.clip_grad,
-    )
-
-
-def _schedule(recipe: Recipe) -> Schedule:
-    section = recipe.schedule
-    return Schedule(
-        lr=recipe.optimizer.lr,
-        steps=recipe.train.steps,
-        warmup_steps=section.warmup_steps,
-        decay=section.decay,
-        decay_steps=section.decay_steps,
-        min_lr=section.min_lr,
-    )
 
 
 def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
@@ -267,29 +238,6 @@ def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # t
         save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype)
 
     return write
-
-
-def _build_monitor(session: Session, parallel: ParallelContext, dtype: torch.dtype, position: Position) -> Monitor:
-    recipe = session.recipe
-    peak = find_peak(parallel.device, dtype)
-    # A rank that does not know its rate makes the sum unknown.
-    rate = torch.tensor([peak.flops or float("nan")], dtype=torch.float64, device=parallel.device)
-    total = float(parallel.world.all_reduce_(rate))
-    known = None if total != total else total
-    shown = f"{known / 1e12:.2f} TFLOP/s, {peak.source}" if known else peak.source
-    log.detail(f"MFU: model FLOP/s ({FLOPS_FORMULA}) / matrix rate of all ranks ({shown})")
-    return Monitor(
-        session.run,
-        session.status,
-        steps=recipe.train.steps,
-        every=recipe.log.every,
-        device=parallel.device,
-        flops_per_token=flops_per_token(recipe.model),
-        peak_flops=known,
-        tensorboard=recipe.log.tensorboard,
-        resumed_step=position.step,
-        writes=parallel.world.rank == 0,
-    )
 
 
 def _build_validator(
