@@ -99,6 +99,19 @@ class RunFolder:
         """Point ``latest`` at a checkpoint, atomically; the last act of a save."""
         write_atomic(self.path / "latest", step_name(step) + "\n")
 
+    def set_best(self, step: int) -> None:
+        """Point ``best`` at a checkpoint; from then on it is not pruned."""
+        write_atomic(self.path / "best", step_name(step) + "\n")
+
+    def best(self) -> int | None:
+        """Step of the checkpoint that ``best`` points at, where there is such a pointer and it is still there."""
+        try:
+            match = _STEP.match((self.path / "best").read_text(encoding="utf-8").strip())
+        except OSError:
+            return None
+        step = int(match.group(1)) if match else None
+        return step if step is not None and self.checkpoint(step).is_dir() else None
+
     def discard(self, folder: Path) -> None:
         """Remove a checkpoint so that no half of it is ever seen under its name."""
         if not folder.exists():
@@ -117,10 +130,13 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
     def prune(self, keep_last: int) -> None:
-        """Remove all but the newest ``keep_last`` checkpoints; 0 keeps all. Only after a newer one was verified."""
+        """Remove all but the best and the newest ``keep_last`` checkpoints; 0 keeps all. Only after a newer one was
+        verified."""
         if keep_last > 0:
+            best = self.best()
             for step in self.steps()[:-keep_last]:
-                self.discard(self.checkpoint(step))
+                if step != best:
+                    self.discard(self.checkpoint(step))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

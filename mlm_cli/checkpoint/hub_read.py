@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,7 @@ def load_model_folder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     head_optional: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[GPT, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
 
@@ -57,6 +60,7 @@ def load_model_folder(
         dtype: of the weights in memory.
         device: unset: that of ``parallel``.
         head_optional: a folder without an output layer (a classifier's) is fine; the layer is then tied.
+        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's.
 
     Raises:
         CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
@@ -66,6 +70,7 @@ def load_model_folder(
     if device is not None and torch.device(device) != parallel.device:
         raise AssertionError("the device is the context's")
     section, config = read_model_config(folder)
+    section = section.model_copy(update=dict(changes or {}))
     with WeightFiles(folder) as files:
         headless = _is_headless(config) or head_optional
         if headless and not section.tie_embeddings and "lm_head.weight" not in files:

@@ -1,0 +1,103 @@
+"""What every job that trains builds from its recipe, the same way."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from mlm_cli import log
+from mlm_cli.checkpoint.state import Position
+from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.models.count import FLOPS_FORMULA
+from mlm_cli.models.gpt import GPT
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.random import RandomStreams, key_of
+from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.metrics import find_peak
+from mlm_cli.training.monitor import Monitor
+from mlm_cli.training.schedule import Schedule
+from mlm_cli.training.session import Session
+
+# Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
+FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
+
+
+def seed_everything(seed: int, parallel: ParallelContext) -> None:
+    """Generators that nothing here should draw from, but a library might."""
+    key = key_of(seed, "python", parallel.world.rank)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+
+
+def free_settings(model: ModelSection) -> dict[str, object]:
+    """What a recipe may change about a model that is loaded."""
+    return {key: getattr(model, key) for key in FREE_MODEL_KEYS}
+
+
+def prepare_for_training(gpt: GPT, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:
+    """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
+    gpt.dtype = dtype
+    gpt.recompute = recipe.train.recompute == "full"
+    streams = RandomStreams(parallel, recipe.seed)
+    gpt.set_streams(streams)
+    if recipe.train.compile:
+        for layer in gpt.layers:
+            layer.compile()
+    return streams
+
+
+def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
+    section = recipe.optimizer
+    return OptimizerSettings(
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        clip_grad=recipe.train.clip_grad,
+    )
+
+
+def build_schedule(recipe: Recipe) -> Schedule:
+    section = recipe.schedule
+    return Schedule(
+        lr=recipe.optimizer.lr,
+        steps=recipe.train.steps,
+        warmup_steps=section.warmup_steps,
+        decay=section.decay,
+        decay_steps=section.decay_steps,
+        min_lr=section.min_lr,
+    )
+
+
+def build_monitor(
+    session: Session,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    position: Position,
+    *,
+    flops_per_token: float | None,
+) -> Monitor:
+    """The records of a run. ``flops_per_token`` None: model FLOP/s and MFU are not known."""
+    recipe = session.recipe
+    known = None
+    if flops_per_token is not None:
+        peak = find_peak(parallel.device, dtype)
+        # A rank that does not know its rate makes the sum unknown.
+        rate = torch.tensor([peak.flops or float("nan")], dtype=torch.float64, device=parallel.device)
+        total = float(parallel.world.all_reduce_(rate))
+        known = None if total != total else total
+        shown = f"{known / 1e12:.2f} TFLOP/s, {peak.source}" if known else peak.source
+        log.detail(f"MFU: model FLOP/s ({FLOPS_FORMULA}) / matrix rate of all ranks ({shown})")
+    return Monitor(
+        session.run,
+        session.status,
+        steps=recipe.train.steps,
+        every=recipe.log.every,
+        device=parallel.device,
+        flops_per_token=flops_per_token,
+        peak_flops=known,
+        tensorboard=recipe.log.tensorboard,
+        resumed_step=position.step,
+        writes=parallel.world.rank == 0,
+    )
