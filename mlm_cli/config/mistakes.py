@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mlm_cli.errors import UsageError
 
+SCHEMA_HINT = "`mlm recipe schema` lists every key with its default"
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -33,10 +35,10 @@ def as_error(mistakes: Iterable[Mistake]) -> UsageError:
     """One exception that tells every mistake."""
     found = list(dict.fromkeys(mistakes))
     if len(found) == 1:
-        return UsageError(found[0].located, hint=found[0].hint)
+        return UsageError(found[0].located, hint=found[0].hint or SCHEMA_HINT)
     lines = [f"{len(found)} mistakes in the recipe"]
     for mistake in found:
         lines.append(f"  {mistake.located}")
         if mistake.hint:
             lines.append(f"    -> {mistake.hint}")
-    return UsageError("\n".join(lines), hint="`mlm recipe schema` lists every key with its default")
+    return UsageError("\n".join(lines), hint=SCHEMA_HINT)

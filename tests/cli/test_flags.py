@@ -1,0 +1,85 @@
+"""The command surface is frozen: a flag that changes here changes for every job script out there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from mlm_cli.cli.app import VERBS, help_text, verb_app
+
+SHARED = {
+    "--recipe",
+    "--output -o",
+    "--nproc",
+    "--hostfile",
+    "--dry-run",
+    "--format",
+    "--quiet -q",
+    "--verbose -v",
+    "--seed",
+}
+TALK = {"--format", "--quiet -q", "--verbose -v"}
+FROZEN: dict[str, set[str]] = {
+    "pretrain": SHARED,
+    "finetune": SHARED,
+    "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit"},
+    "generate": SHARED
+    | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
+    | {"--repetition-penalty", "--stop", "--batch-size"},
+    "plan": SHARED | {"--device-tflops", "--mfu"},
+    "doctor": TALK,
+    "recipe ls": TALK,
+    "recipe show": TALK | {"--recipe", "--output -o", "--resolved"},
+    "recipe check": TALK | {"--recipe", "--nproc"},
+    "recipe schema": TALK,
+}
+# Those of the data verbs must be there at least; their own tests know the rest.
+AT_LEAST: dict[str, set[str]] = {
+    "preprocess": TALK
+    | {"--recipe", "--output -o", "--dry-run", "--tokenizer", "--workers", "--append-eod --no-append-eod"}
+    | {"--json-key", "--on-bad-line", "--split-sentences", "--inspect", "--merge"},
+    "tokenizer train": {"--kind", "--vocab-size", "--output -o"},
+    "tokenizer show": {"--format"},
+}
+
+
+def options(command: Any) -> set[str]:
+    found = set()
+    for parameter in command.params:
+        names = [*getattr(parameter, "opts", ()), *getattr(parameter, "secondary_opts", ())]
+        if names and names[0].startswith("-") and "--help" not in names:
+            found.add(" ".join(sorted(names, key=lambda name: (not name.startswith("--"), "--no-" in name))))
+    return found
+
+
+def commands(verb: str) -> dict[str, Any]:
+    command = get_command(verb_app(verb))
+    inner = getattr(command, "commands", None)
+    return {f"{verb} {name}": sub for name, sub in inner.items()} if inner else {verb: command}
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_flags_are_frozen(verb: str) -> None:
+    for name, command in commands(verb).items():
+        if name in FROZEN:
+            assert options(command) == FROZEN[name], name
+        else:
+            assert options(command) >= AT_LEAST[name], name
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_explains_itself_with_examples(verb: str) -> None:
+    for name, command in commands(verb).items():
+        assert "Examples:" in (command.help or ""), name
+        assert f"mlm {name}" in (command.help or "").partition("Examples:")[2], name
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("preprocess", "tokenizer")])
+def test_the_list_of_verbs_says_what_the_verb_says(verb: str) -> None:
+    assert isinstance(verb_app(verb), typer.Typer)
+    what = VERBS[verb][2]
+    assert (get_command(verb_app(verb)).help or "").startswith(what.rstrip("."))
+    assert what in help_text()

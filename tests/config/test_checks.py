@@ -1,0 +1,111 @@
+"""Checks across keys: each impossible recipe is refused with its keys and a way out that works."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mlm_cli.config.checks import check
+from mlm_cli.config.derived import batch_arithmetic
+from mlm_cli.config.resolve import resolve_recipe
+from mlm_cli.errors import UsageError
+
+GOOD = ["data.path=/d/x"]
+
+
+def mistakes(
+    *overrides: str, verb: str = "pretrain", world_size: int | None = None, spec: str = "debug/gpt"
+) -> list[str]:
+    found = check(resolve_recipe(spec, [*GOOD, *overrides]), verb=verb, world_size=world_size)
+    assert all(mistake.hint for mistake in found), "every mistake has a way out"
+    return [mistake.message for mistake in found]
+
+
+def test_a_good_recipe_has_none() -> None:
+    assert mistakes(world_size=1) == []
+    assert mistakes("parallel.tensor=2", world_size=2) == []
+    assert mistakes("parallel.tensor=2", world_size=4) == []
+    assert mistakes(spec="debug/llama", world_size=1) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["model.num_attention_heads=5"], None, "cannot be divided into .* 5 heads"),
+        (["parallel.tensor=3"], 3, r"`model.num_attention_heads` 4 cannot be sliced over `parallel.tensor` 3"),
+        (["parallel.tensor=8"], 8, r"`model.num_attention_heads` 4 cannot be sliced"),
+        (["model.ffn_hidden_size=255", "parallel.tensor=2"], 2, r"`model.ffn_hidden_size` 255 cannot be sliced"),
+        (
+            ["model.vocab_size=257", "model.make_vocab_size_divisible_by=1", "parallel.tensor=2"],
+            2,
+            "padded vocabulary of 257 rows cannot be sliced",
+        ),
+        (["model.num_query_groups=3"], None, "not a multiple of `model.num_query_groups` 3"),
+        (["model.position=rotary"], None, "no Hugging Face architecture holds this model"),
+        (["schedule.warmup_steps=50"], None, "leaves nothing of `train.steps` 50"),
+        (["schedule.decay=wsd", "schedule.decay_steps=46"], None, "exceed `train.steps`"),
+        (["schedule.min_lr=1"], None, "`schedule.min_lr` 1 is above"),
+        (["data.path=null"], None, "no training data"),
+        (["data.train=/d/y"], None, "both set"),
+        (["data.split=a,b"], None, "`data.split` is `a,b`"),
+        (["data.split=0,1,1"], None, "the first above 0"),
+        (["data.split=-1,1"], None, "the first above 0"),
+        (["data.split=1,1,1,1"], None, "up to three shares"),
+        (["data.path=[]"], None, "`data.path` is empty"),
+        (["tokenizer=null"], None, "`tokenizer` is not set"),
+        (["output=null"], None, "`output` is not set"),
+        (["parallel.tensor=2"], 1, "needs 2 ranks, and there is 1"),
+        (["parallel.tensor=2"], 3, "3 ranks are not a multiple of the 2"),
+        (["train.global_batch_size=10"], 2, "10 is not a multiple of micro-batch size 4 x 2 data ranks"),
+        (["train.engine=plain"], 2, "does not average gradients"),
+    ],
+)
+def test_impossible_recipes(overrides: list[str], world_size: int | None, message: str) -> None:
+    found = mistakes(*overrides, world_size=world_size)
+    assert any(re.search(message, text) for text in found), found
+
+
+def test_llama_shapes() -> None:
+    assert any("even head size" in text for text in mistakes("model.hidden_size=36", spec="debug/llama"))
+    sliced = mistakes("parallel.tensor=4", spec="debug/llama", world_size=4)
+    assert any("`model.num_query_groups` 2 cannot be sliced" in text for text in sliced)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_attention_heads=5"],
+        ["schedule.min_lr=1"],
+        ["schedule.warmup_steps=50"],
+        ["schedule.decay=wsd", "schedule.decay_steps=46"],
+        ["model.vocab_size=257", "model.make_vocab_size_divisible_by=1", "parallel.tensor=2"],
+        ["parallel.tensor=3"],
+        ["train.global_batch_size=10"],
+    ],
+)
+def test_following_the_hint_mends_it(overrides: list[str]) -> None:
+    world = {"parallel.tensor=3": 3, "parallel.tensor=2": 2}.get(overrides[-1], 1)
+    recipe = resolve_recipe("debug/gpt", [*GOOD, *overrides])
+    (first, *_) = check(recipe, verb="pretrain", world_size=world)
+    assert first.hint is not None
+    remedy = re.search(r"`([\w.]+=[^`]+)`", first.hint)
+    way_out = [remedy.group(1)] if remedy else [f"model.num_attention_heads={re.search('[0-9]+', first.hint).group()}"]  # type: ignore[union-attr]
+    if way_out[0].startswith("parallel.tensor"):
+        world = int(way_out[0].partition("=")[2])
+    mended = resolve_recipe("debug/gpt", [*GOOD, *overrides, *way_out])
+    assert first.message not in [m.message for m in check(mended, verb="pretrain", world_size=world)]
+
+
+def test_finetune_needs_a_task_and_a_model() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_recipe("debug/gpt", [], verb="finetune", world_size=1)
+    assert "`task` is not set" in str(caught.value) and "`init_from` is not set" in str(caught.value)
+
+
+def test_batch_arithmetic() -> None:
+    recipe = resolve_recipe("gpt/8.3b")
+    batch = batch_arithmetic(recipe, 512)
+    assert (batch.data_parallel_size, batch.micro_batch_size, batch.gradient_accumulation_steps) == (64, 4, 2)
+    unset = resolve_recipe("debug/gpt", ["train.global_batch_size=null"])
+    assert batch_arithmetic(unset, 4).global_batch_size == 16

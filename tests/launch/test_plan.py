@@ -1,0 +1,98 @@
+"""The plan against published numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlm_cli.config.builtin import builtin_names
+from mlm_cli.config.derived import model_parallel_size
+from mlm_cli.config.resolve import resolve_recipe
+from mlm_cli.errors import UsageError
+from mlm_cli.launch import memory
+from mlm_cli.launch.plan import as_text, make_plan, with_vocabulary
+from mlm_cli.models.count import count_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "heads", "billions"),
+    [
+        ("gpt/1.2b", 40, 1536, 16, 1.213),
+        ("gpt/2.5b", 54, 1920, 20, 2.490),
+        ("gpt/4.2b", 64, 2304, 24, 4.199),
+        ("gpt/8.3b", 72, 3072, 32, 8.317),
+    ],
+)
+def test_the_scaling_study_of_megatron_lm(name: str, layers: int, hidden: int, heads: int, billions: float) -> None:
+    """Shoeybi et al. 2019, table 1; vocabulary padded to 51,200, sequence 1,024."""
+    recipe = resolve_recipe(name, verb="plan")
+    model = recipe.model
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads) == (layers, hidden, heads)
+    plan = make_plan(recipe, recipe.parallel.tensor)
+    assert plan.padded_vocab_size == 51200 and plan.seq_length == 1024
+    assert round(plan.parameters / 1e9, 3) == billions
+    # 12 l h^2 (1 + 13 / 12h) + (V + s) h + 2h, written out (Narayanan et al. 2021, eq. 2, and the final norm)
+    by_hand = 12 * layers * hidden**2 + 13 * layers * hidden + (51200 + 1024) * hidden + 2 * hidden
+    assert plan.parameters == by_hand
+
+
+@pytest.mark.parametrize("name", [name for name in builtin_names() if name.split("/")[0] in ("gpt", "debug", "demo")])
+def test_every_pretraining_recipe_can_be_planned(name: str) -> None:
+    recipe = resolve_recipe(name, ["model.vocab_size=8192"] if "10m" in name or "demo" in name else [], verb="plan")
+    plan = make_plan(recipe, model_parallel_size(recipe), device_tflops=100.0)
+    assert plan.parameters == count_parameters(with_vocabulary(recipe).model)
+    assert plan.batch.gradient_accumulation_steps >= 1 and plan.seconds and plan.seconds > 0
+    assert json.loads(json.dumps(plan.to_dict()))["memory"]["total"] == plan.memory.total
+    assert f"{plan.parameters:,}" in as_text(plan)
+
+
+def test_flops_follow_narayanan_et_al() -> None:
+    """Eq. 3 for GPT with full recomputation is 96 B s l h^2 (1 + s/6h + V/16lh); three quarters of it without."""
+    recipe = resolve_recipe("gpt/8.3b")
+    plan = make_plan(recipe, 8)
+    layers, h, s, vocabulary, batch = 72, 3072, 1024, 51200, 512
+    published = 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocabulary / (12 * layers * h))
+    assert plan.flops == pytest.approx(published * plan.steps, rel=1e-6)
+    assert plan.tokens_per_step == batch * s
+
+
+def test_time_estimate() -> None:
+    plan = make_plan(resolve_recipe("gpt/355m"), 8, device_tflops=125.0, mfu=0.5)
+    assert plan.seconds == pytest.approx(plan.flops / (8 * 125e12 * 0.5))
+    assert plan.seconds_per_step == pytest.approx(plan.seconds / 300000)
+    assert make_plan(resolve_recipe("gpt/355m"), 8).seconds is None
+
+
+def test_memory_of_weights_and_optimizer_is_exact_arithmetic() -> None:
+    recipe = resolve_recipe("gpt/355m", ["train.micro_batch_size=64"])
+    whole = count_parameters(recipe.model)
+    plan = make_plan(recipe, 8)
+    assert plan.memory.weights == 2 * whole
+    assert plan.memory.optimizer == 12 * whole // 8  # ZeRO-1 over 8 data ranks
+    assert (
+        make_plan(
+            recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"zero": 0})}), 8
+        ).memory.optimizer
+        == 12 * whole
+    )
+
+
+def test_slices_add_up() -> None:
+    model = resolve_recipe("gpt/8.3b").model
+    replicated = memory.replicated_parameters(model)
+    for tensor in (1, 2, 4, 8):
+        assert tensor * (memory.parameters_per_rank(model, tensor) - replicated) + replicated == count_parameters(model)
+
+
+def test_recompute_needs_less_memory() -> None:
+    none = make_plan(resolve_recipe("gpt/355m"), 1).memory.activations
+    full = make_plan(resolve_recipe("gpt/355m", ["train.recompute=full"]), 1).memory.activations
+    assert full < none / 5
+
+
+def test_vocabulary_comes_from_the_tokenizer() -> None:
+    plan = make_plan(resolve_recipe("debug/gpt"), 1)
+    assert plan.vocab_size == 257 and plan.padded_vocab_size == 384
+    with pytest.raises(UsageError, match="vocabulary"):
+        make_plan(resolve_recipe("gpt/10m"), 1)
