@@ -35,14 +35,23 @@ def pad_id_of(tokenizer: Tokenizer) -> int:
 
 
 def start_classifier(
-    folder: Path, parallel: ParallelContext, *, num_labels: int, seed: int, dtype: torch.dtype = torch.float32
+    folder: Path,
+    parallel: ParallelContext,
+    *,
+    num_labels: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] | None = None,
 ) -> SequenceClassifier:
     """A classifier with the weights of the language model (or other classifier) in ``folder`` and a new head.
+
+    Args:
+        changes: settings of the model section that weights do not depend on, such as dropout.
 
     Raises:
         CheckpointError: the folder holds no model that can be read.
     """
-    gpt, _ = load_model_folder(folder, parallel, dtype=dtype, head_optional=True)
+    gpt, _ = load_model_folder(folder, parallel, dtype=dtype, head_optional=True, changes=changes)
     return SequenceClassifier(gpt, num_labels, seed=seed)
 
 
