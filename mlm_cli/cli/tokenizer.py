@@ -1,0 +1,109 @@
+"""`mlm tokenizer train|show`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from mlm_cli.cli.app import begin, new_app
+from mlm_cli.cli.flags import FormatFlag, OutputFlag, QuietFlag, VerboseFlag
+from mlm_cli.cli.output import emit, emit_json
+from mlm_cli.errors import UsageError
+
+tokenizer_app = new_app(help="Train or inspect a tokenizer.", context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@tokenizer_app.command("train")
+def train(
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", hidden=True)] = None,
+    kind: Annotated[
+        Literal["bpe", "wordpiece", "unigram"], typer.Option("--kind", help="bpe: byte-level, as GPT-2's.")
+    ] = "bpe",
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=1, metavar="N", help="Tokens, special ones included.")
+    ] = None,
+    output: OutputFlag = None,
+    json_key: Annotated[
+        list[str] | None, typer.Option("--json-key", metavar="KEY", help="Where the text is; may be repeated. [text]")
+    ] = None,
+    input_format: Annotated[
+        Literal["auto", "jsonl", "txt", "parquet"], typer.Option("--input-format", help="auto: by the file's name.")
+    ] = "auto",
+    txt_documents: Annotated[
+        Literal["file", "line"], typer.Option("--txt-documents", help="A .txt file: one document, or one a line.")
+    ] = "file",
+    on_bad_line: Annotated[Literal["stop", "skip"], typer.Option("--on-bad-line", help="skip: left out.")] = "stop",
+    max_line_mb: Annotated[
+        float, typer.Option("--max-line-mb", metavar="MB", help="A longer line (or .txt document) is a bad one.")
+    ] = 32.0,
+    lowercase: Annotated[bool, typer.Option("--lowercase", help="Lower-case all text.")] = False,
+    min_frequency: Annotated[
+        int, typer.Option("--min-frequency", min=1, metavar="N", help="bpe, wordpiece: pairs seen less are not merged.")
+    ] = 2,
+    max_train_mb: Annotated[
+        float | None, typer.Option("--max-train-mb", metavar="MB", help="Learn from the first MB of text only.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR.")] = False,
+    format: FormatFlag = "text",
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> int:
+    """Train a tokenizer from text.
+
+    INPUT is what `mlm preprocess` reads. Writes a folder with tokenizer.json and tokenizer_config.json, which
+    transformers' AutoTokenizer opens too.
+
+    \b
+    Examples:
+      mlm tokenizer train books/ --vocab-size 8192 --output runs/tok
+      mlm tokenizer train 'wiki/*.jsonl.gz' --kind wordpiece --lowercase --vocab-size 30522 -o runs/bert-tok
+      mlm tokenizer train big.parquet --kind unigram --vocab-size 32000 --max-train-mb 500 -o runs/uni
+    """
+    begin(quiet=quiet, verbose=verbose)
+    if output is None:
+        raise UsageError("no output given", hint="--output DIR, for example --output runs/tok")
+    if vocab_size is None:
+        raise UsageError("no vocabulary size given", hint="--vocab-size N, for example --vocab-size 8192")
+    from mlm_cli.jobs import tokenizer as job
+
+    request = job.TrainRequest(
+        inputs=tuple(inputs or ()),
+        output=output,
+        kind=kind,
+        vocab_size=vocab_size,
+        json_key=tuple(json_key or ("text",)),
+        input_format=input_format,
+        txt_documents=txt_documents,
+        on_bad_line=on_bad_line,
+        max_line_mb=max_line_mb,
+        lowercase=lowercase,
+        min_frequency=min_frequency,
+        max_train_mb=max_train_mb,
+        overwrite=overwrite,
+    )
+    report = job.train(request)
+    emit_json(report) if format == "json" else emit(job.description_text(report))
+    return 0
+
+
+@tokenizer_app.command("show")
+def show(
+    tokenizer: Annotated[str, typer.Argument(metavar="DIR", help="Folder, file, Hub name, or `bytes`.")],
+    format: FormatFlag = "text",
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> int:
+    """Describe a tokenizer: kind, size, special tokens, which backend encodes with it and why.
+
+    \b
+    Examples:
+      mlm tokenizer show runs/tok
+      mlm tokenizer show bytes --format json
+    """
+    begin(quiet=quiet, verbose=verbose)
+    from mlm_cli.jobs import tokenizer as job
+
+    report = job.show(tokenizer)
+    emit_json(report) if format == "json" else emit(job.description_text(report))
+    return 0
