@@ -97,8 +97,9 @@ def results_table(document: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{document['model_name']}", title_justify="left")
-    for heading in ("task", "version", "metric", "", "value", "±", "stderr", "samples"):
-        table.add_column(heading, justify="right" if heading in ("value", "stderr", "samples") else "left")
+    for heading in ("task", "metric", "", "value", "±", "stderr", "samples"):
+        numeric = heading in ("value", "stderr", "samples")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for name, entry in document["results"].items():
         first = True
         for key, value in entry.items():
@@ -108,13 +109,18 @@ def results_table(document: Mapping[str, Any]) -> Table:
             error = entry[f"{metric}_stderr,none"]
             table.add_row(
                 name if first else "",
-                str(document["versions"][name]) if first else "",
                 metric,
                 "↑" if document["higher_is_better"][name].get(metric) else "↓",
-                f"{value:.4f}" if isinstance(value, float) else str(value),
+                _number(value),
                 "±",
-                f"{error:.4f}" if isinstance(error, float) else str(error),
+                _number(error),
                 str(document["n-samples"][name]["effective"]) if first else "",
             )
             first = False
     return table
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
