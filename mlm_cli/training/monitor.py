@@ -86,6 +86,7 @@ class ProgressLine:
         parts = [f"step {record['step']:,}/{self.steps:,}", f"loss {record['loss']:.4f}"]
         if record.get("valid_loss") is not None:
             parts.append(f"valid {record['valid_loss']:.4f}")
+        parts += [f"{key} {value:.4f}" for key, value in record.items() if key.startswith("dev_")]
         parts.append(f"lr {record['lr']:.2e}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
