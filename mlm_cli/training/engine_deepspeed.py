@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mlm_cli import log
 from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
 from mlm_cli.parallel.context import ParallelContext
@@ -178,6 +180,8 @@ def _initialize(module: nn.Module, optimizer: AdamW, config: dict[str, Any], par
         parallel = ParallelContext.create(device=parallel.device)
     import deepspeed
 
+    # It calls functions of torch.distributed that newer torch has renamed; not for users to read every run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     # An empty answer to "which C++ operators can be built here": nothing is probed or compiled at start-up.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -189,25 +193,22 @@ def _initialize(module: nn.Module, optimizer: AdamW, config: dict[str, Any], par
 
 @contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
-    """Its prints and logs stay off stdout and stderr; what it logs goes to our ``mlm.deepspeed`` logger (rank log)."""
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    """Its prints and logs stay off stdout; with ``--verbose`` its log is told on stderr."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        # The logger takes hold of stdout when DeepSpeed is imported, which may have been long ago.
+        logger = logging.getLogger("DeepSpeed")
+        _redirect(logger)
         yield
-    ours = logging.getLogger("mlm.deepspeed")
-    theirs = logging.getLogger("DeepSpeed")
-    theirs.handlers = []
-    theirs.propagate = False
-    theirs.addHandler(_Forward(ours))
-    for line in said.getvalue().splitlines():
-        ours.debug(line)
+        _redirect(logger)  # created only now, if this was the first import
 
 
-class _Forward(logging.Handler):
-    """Hands records of one logger to another."""
+def _redirect(logger: logging.Logger) -> None:
+    logger.handlers = [_Detail()]
+    logger.propagate = False
 
-    def __init__(self, target: logging.Logger) -> None:
-        super().__init__()
-        self.target = target
+
+class _Detail(logging.Handler):
+    """Hands records on to our own log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.target.handle(record)
+        log.detail(f"deepspeed: {record.getMessage()}")
