@@ -139,6 +139,6 @@ def _text(summary: dict[str, Any]) -> str:
     if summary.get("empty_documents"):
         lines.append(f"{summary['empty_documents']:,} documents are empty")
     if "seconds" in summary and "backend" in summary:
-        speed = f"{summary['mb_per_s']:,.1f} MB/s" if summary["bytes"] else f"{summary['seconds']:.1f} s"
-        lines.append(f"{summary['seconds']:.2f} s, {speed}, backend {summary['backend']}")
+        speed = f", {summary['mb_per_s']:,.1f} MB/s" if summary["bytes"] > 1e6 else ""
+        lines.append(f"{summary['seconds']:.2f} s{speed}, backend {summary['backend']}")
     return "\n".join(lines)

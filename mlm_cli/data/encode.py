@@ -63,33 +63,21 @@ def encode_segment(segment: Segment, settings: EncodeSettings, encoder: Encoder)
 
 def encode_documents(documents: Sequence[Document], settings: EncodeSettings, encoder: Encoder) -> Encoded:
     """Encode documents of one key; a document is a text, or a list of texts that become sequences of their own."""
+    if not settings.split_sentences and all(isinstance(document, str) for document in documents):
+        tokens, ends = encoder.encode_flat(documents, settings.dtype, settings.eod)  # type: ignore[arg-type]
+        sizes = np.diff(ends, prepend=0).astype(np.int32)
+        filled = sizes > 0
+        return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens))
     texts: list[str] = []
-    counts: list[int] | None = None
-    if settings.split_sentences or any(not isinstance(document, str) for document in documents):
-        counts = []
-        for document in documents:
-            pieces = document if isinstance(document, list) else [document]
-            if settings.split_sentences and isinstance(document, str):
-                pieces = split_sentences(document)
-            counts.append(len(pieces))
-            texts += [piece for piece in pieces if isinstance(piece, str)]
-    else:
-        texts = documents  # type: ignore[assignment]  # all of them are text
-    arrays = encoder.encode(texts, settings.dtype)
+    counts: list[int] = []
+    for document in documents:
+        pieces = document if isinstance(document, list) else [document]
+        if settings.split_sentences and isinstance(document, str):
+            pieces = split_sentences(document)
+        counts.append(len(pieces))
+        texts += pieces
     end = None if settings.eod is None else np.array([settings.eod], settings.dtype)
-    if counts is None:
-        return _one_sequence_each(arrays, end, settings.dtype)
-    return _several_sequences(arrays, counts, end, settings.dtype)
-
-
-def _one_sequence_each(arrays: list[Ids], end: Ids | None, dtype: str) -> Encoded:
-    sizes = np.fromiter((array.shape[0] for array in arrays), np.int32, len(arrays))
-    filled = sizes > 0
-    if end is not None:
-        sizes[filled] += 1
-        arrays = [piece for array in arrays if array.shape[0] for piece in (array, end)]
-    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-    return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens))
+    return _several_sequences(encoder.encode(texts, settings.dtype), counts, end, settings.dtype)
 
 
 def _several_sequences(arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str) -> Encoded:

@@ -49,6 +49,7 @@ class Tokenizer:
         self.spec = spec
         self.name = files.name
         self.definition = files.definition
+        self._text = files.text
         self.special = {role: token for role, token in files.special.items() if token in self.token_ids}
         self.vocab_size = max(self.token_ids.values()) + 1
         end = self.special.get("eos_token") or next((token for token in _END_TOKENS if token in self.token_ids), None)
@@ -84,7 +85,7 @@ class Tokenizer:
     @cached_property
     def definition_json(self) -> str:
         """The definition as the text of a ``tokenizer.json``."""
-        return json.dumps(self.definition, ensure_ascii=False)
+        return self._text or json.dumps(self.definition, ensure_ascii=False)
 
     @cached_property
     def reference(self) -> tokenizers.Tokenizer:
@@ -170,7 +171,7 @@ class Tokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as ``transformers.AutoTokenizer`` opens them."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "tokenizer.json").write_text(self.definition_json + "\n", encoding="utf-8")
+        (target / "tokenizer.json").write_text(self.definition_json.rstrip("\n") + "\n", encoding="utf-8")
         special = dict(self.special)
         if self.eod_token is not None and self.definition["model"]["type"] != "WordPiece":
             special.setdefault("eos_token", self.eod_token)
@@ -228,11 +229,12 @@ def fingerprint(definition: dict[str, Any]) -> str:
     for entry in sorted(definition.get("added_tokens") or [], key=lambda entry: entry["id"]):
         known[entry["content"]] = entry["id"]
         added.append([entry["content"], entry["id"], [bool(entry.get(flag)) for flag in flags]])
-    tokens = sorted(known, key=known.__getitem__)
+    numbers = list(known.values())
+    tokens = list(known) if numbers == list(range(len(known))) else sorted(known, key=known.__getitem__)
     scored = [[token, float(score)] for token, score in vocab] if isinstance(vocab, list) else []
     content = {
         "tokens": tokens,
-        "ids": [known[token] for token in tokens],
+        "gaps": [] if len(known) == max(numbers, default=-1) + 1 else sorted(numbers),
         "scored": scored,
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []],
         "model": _canonical({key: value for key, value in model.items() if key not in ("vocab", "merges")}),

@@ -49,6 +49,19 @@ class Encoder(Protocol):
         """Ids of each text as a one-dimensional array of ``dtype``; no special tokens are added."""
         ...
 
+    def encode_flat(self, texts: Sequence[str], dtype: npt.DTypeLike, end: int | None) -> tuple[Ids, Ids]:
+        """(ids of all texts back to back, where each text ends in them); ``end`` closes each text that has ids."""
+        ...
+
+
+def _flat(arrays: list[Ids], dtype: npt.DTypeLike, end: int | None) -> tuple[Ids, Ids]:
+    sizes = np.fromiter((array.shape[0] for array in arrays), np.int64, len(arrays))
+    if end is not None:
+        sizes[sizes > 0] += 1
+        close = np.array([end], dtype)
+        arrays = [piece for array in arrays if array.shape[0] for piece in (array, close)]
+    return (np.concatenate(arrays) if arrays else np.zeros(0, dtype)), np.cumsum(sizes)
+
 
 class BytesEncoder:
     """The `bytes` tokenizer: the text's UTF-8 is its ids."""
@@ -57,6 +70,9 @@ class BytesEncoder:
 
     def encode(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[Ids]:
         return [self._one(text, dtype) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], dtype: npt.DTypeLike, end: int | None) -> tuple[Ids, Ids]:
+        return _flat(self.encode(texts, dtype), dtype, end)
 
     def _one(self, text: str, dtype: npt.DTypeLike) -> Ids:
         if END_OF_TEXT not in text:
@@ -85,6 +101,9 @@ class ReferenceEncoder:
             found += [np.array(encoding.ids, dtype) for encoding in batch]
         return found
 
+    def encode_flat(self, texts: Sequence[str], dtype: npt.DTypeLike, end: int | None) -> tuple[Ids, Ids]:
+        return _flat(self.encode(texts, dtype), dtype, end)
+
 
 class GigatokenEncoder:
     """gigatoken: BPE with a cache of words, a few hundred MB/s a core."""
@@ -100,6 +119,27 @@ class GigatokenEncoder:
         # text by text, and the result copied at once: what `encode` returns holds on to far more memory than its ids
         encode = self._encode
         return [encode(text).astype(dtype) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], dtype: npt.DTypeLike, end: int | None) -> tuple[Ids, Ids]:
+        # straight into one array: some 10 % of the whole time against joining arrays afterwards
+        encode = self._encode
+        out = np.empty(sum(map(len, texts)) // 3 + 2 * len(texts) + 16, dtype)
+        ends: list[int] = []
+        at, room = 0, out.shape[0]
+        for text in texts:
+            ids = encode(text)
+            stop = at + ids.size
+            if stop >= room:
+                room = 2 * stop + 16
+                out = np.concatenate([out[:at], np.empty(room - at, dtype)])
+            if stop > at:
+                out[at:stop] = ids
+                at = stop
+                if end is not None:
+                    out[at] = end
+                    at += 1
+            ends.append(at)
+        return out[:at], np.array(ends, np.int64)
 
 
 @dataclass(frozen=True)

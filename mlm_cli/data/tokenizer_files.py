@@ -31,6 +31,7 @@ class TokenizerFiles:
     definition: dict[str, Any]
     special: dict[str, str] = field(default_factory=dict)
     name: str = ""
+    text: str | None = None  # the definition as it stood in its file
 
 
 def read_tokenizer(spec: str) -> TokenizerFiles:
@@ -56,7 +57,9 @@ def read_tokenizer(spec: str) -> TokenizerFiles:
         files = _read_folder(download_tokenizer(spec))
         files.name = spec
     check_definition(files.definition, spec)
-    files.definition["truncation"] = files.definition["padding"] = None
+    if any(files.definition.get(setting) for setting in ("truncation", "padding")):
+        files.definition |= {"truncation": None, "padding": None}
+        files.text = None
     files.name = files.name or (path.name if path.is_dir() else path.parent.name or path.name)
     return files
 
@@ -111,10 +114,11 @@ def _read_file(path: Path) -> TokenizerFiles:
             return TokenizerFiles(_byte_level_bpe(_vocab_beside(path), path), special)
         if path.suffix == ".txt":
             return TokenizerFiles(_wordpiece(path, special), special)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
         if isinstance(content, dict) and isinstance(content.get("model", 0), int):  # `model` is also a word of GPT-2
             return TokenizerFiles(_byte_level_bpe(path, _merges_beside(path), content), special)
-        return TokenizerFiles(content, special)
+        return TokenizerFiles(content, special, text=text)
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"tokenizer `{path}` does not load: {reason}", hint=f"give {_LOADABLE}") from error
