@@ -47,7 +47,8 @@ def split_sentences(text: str) -> list[str]:
 
 def _ends_sentence(text: str, start: int, mark: re.Match[str]) -> bool:
     following = text[mark.end() : mark.end() + 1]
-    if following.islower():
+    # Georgian is written without capitals, though Unicode calls its letters small ones
+    if following.islower() and not "\u10d0" <= following <= "\u10ff":
         return False
     marks = mark.group("spaced")
     if not marks.startswith(".") or marks.startswith(".."):

@@ -231,7 +231,8 @@ def fingerprint(definition: dict[str, Any]) -> str:
         added.append([entry["content"], entry["id"], [bool(entry.get(flag)) for flag in flags]])
     numbers = list(known.values())
     tokens = list(known) if numbers == list(range(len(known))) else sorted(known, key=known.__getitem__)
-    scored = [[token, float(score)] for token, score in vocab] if isinstance(vocab, list) else []
+    # seven digits: libraries write the last bits of a score differently each time they save it
+    scored = [[token, f"{score:.7g}"] for token, score in vocab] if isinstance(vocab, list) else []
     content = {
         "tokens": tokens,
         "gaps": [] if len(known) == max(numbers, default=-1) + 1 else sorted(numbers),
