@@ -16,6 +16,7 @@ class MlmError(Exception):
     """
 
     exit_code = 1
+    everywhere = False  # raised alike on every rank: only rank 0 tells the user
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -52,7 +52,7 @@ def on_rank_zero(fn: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise outcome[1]
+        raise _everywhere(outcome[1])
     return outcome[0]
 
 
@@ -77,7 +77,13 @@ def all_succeed(fn: Callable[[], T]) -> T:
     dist.all_gather_object(found, _portable(failure))
     if failure is not None and not isinstance(failure, MlmError):
         raise failure
-    raise next(error for error in found if error is not None)
+    raise _everywhere(next(error for error in found if error is not None))
+
+
+def _everywhere(error: MlmError) -> MlmError:
+    """Mark an error that every rank raises, so that the user reads it once."""
+    error.everywhere = True
+    return error
 
 
 def _portable(failure: BaseException | None) -> MlmError | None:

@@ -33,6 +33,10 @@ def exit_code_of(error: BaseException, arguments: Sequence[str]) -> int:
     known = as_mlm_error(error, arguments)
     if known is None:
         return _bug(error)
+    rank = os.environ.get("RANK", "0")
+    alike = known.everywhere or known.exit_code == UsageError.exit_code
+    if alike and rank != "0" and "MLM_SUPERVISED" not in os.environ:
+        return known.exit_code  # rank 0 tells
     if log.is_verbose() and known.exit_code != UsageError.exit_code:
         _traceback(error)
     if known.exit_code == 75:

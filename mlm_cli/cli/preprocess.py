@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mlm_cli.cli.app import begin
-from mlm_cli.cli.flags import DryRunFlag, FormatFlag, OutputFlag, QuietFlag, VerboseFlag
+from mlm_cli.cli.flags import DryRunFlag, FormatFlag, OutputFlag, QuietFlag, RecipeFlag, VerboseFlag, overlay
 from mlm_cli.cli.output import emit, emit_json
+from mlm_cli.cli.preprocess_recipe import from_recipe, inputs_and_keys
 from mlm_cli.errors import UsageError
 
 
@@ -30,14 +31,16 @@ def preprocess(
         Literal["file", "line"], typer.Option("--txt-documents", help="A .txt file: one document, or one a line.")
     ] = "file",
     append_eod: Annotated[
-        bool, typer.Option("--append-eod/--no-append-eod", help="End each document with the tokenizer's end token.")
-    ] = True,
+        bool | None,
+        typer.Option("--append-eod/--no-append-eod", help="End each document with the tokenizer's end token. [on]"),
+    ] = None,
     split_sentences: Annotated[
         bool, typer.Option("--split-sentences", help="Each sentence a sequence; writes PREFIX_KEY_sentence.")
     ] = False,
     on_bad_line: Annotated[
-        Literal["stop", "skip"], typer.Option("--on-bad-line", help="skip: left out, counted and listed.")
-    ] = "stop",
+        Literal["stop", "skip"] | None,
+        typer.Option("--on-bad-line", help="skip: left out, counted and listed. [stop]"),
+    ] = None,
     max_line_mb: Annotated[
         float, typer.Option("--max-line-mb", metavar="MB", help="A longer line (or .txt document) is a bad one.")
     ] = 32.0,
@@ -53,6 +56,7 @@ def preprocess(
     ] = None,
     documents: Annotated[int, typer.Option("--documents", min=0, metavar="N", help="--inspect: how many to show.")] = 3,
     merge: Annotated[bool, typer.Option("--merge", help="Inputs are finished sets: join them into PREFIX.")] = False,
+    recipe: RecipeFlag = None,
     dry_run: DryRunFlag = False,
     format: FormatFlag = "text",
     quiet: QuietFlag = False,
@@ -73,7 +77,13 @@ def preprocess(
       mlm preprocess --merge data/part1 data/part2 -o data/all
     """
     begin(quiet=quiet, verbose=verbose)
-    given = tuple(inputs or ())
+    given, keys = inputs_and_keys(inputs)
+    if recipe is not None or keys:
+        flags = overlay(tokenizer=tokenizer, output=output, json_key=json_key, workers=workers)
+        flags |= overlay(append_eod=append_eod, on_bad_line=on_bad_line)
+        merged = from_recipe(recipe, keys, given, flags)
+        given, tokenizer, output, workers = merged.inputs, merged.tokenizer, merged.output, merged.workers
+        json_key, append_eod, on_bad_line = list(merged.json_key), merged.append_eod, merged.on_bad_line
     if inspect is not None:
         if given or merge:
             raise UsageError("`--inspect PREFIX` takes no input")
@@ -102,9 +112,9 @@ def preprocess(
         json_key=tuple(json_key or ("text",)),
         input_format=input_format,
         txt_documents=txt_documents,
-        append_eod=append_eod,
+        append_eod=append_eod is not False,
         split_sentences=split_sentences,
-        on_bad_line=on_bad_line,
+        on_bad_line=on_bad_line or "stop",
         max_line_mb=max_line_mb,
         workers=workers,
         backend=backend,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mlm_cli.cli.flags import Format, overlay, split_recipe
@@ -26,7 +27,7 @@ def train(
 ) -> int:
     """Resolve and check the recipe for the ranks there will be, then run ``job(recipe)`` on each of them."""
     from mlm_cli.config.resolve import resolve_recipe
-    from mlm_cli.launch.start import find_ranks, run
+    from mlm_cli.launch.start import find_ranks, is_follower, run
 
     spec, overrides = split_recipe(first, rest, recipe, verb=verb)
     ranks = find_ranks(nproc, hostfile)
@@ -36,7 +37,11 @@ def train(
     if dry_run:
         _dry_run(verb, resolved, ranks, format)
         return 0
-    return run(ranks, lambda: job(resolved), run_folder=resolved.output)
+    code = run(ranks, lambda: job(resolved), run_folder=resolved.output)
+    speaks = ranks.how != "hosts" and not is_follower()
+    if format == "json" and resolved.output is not None and speaks:
+        emit(Path(resolved.output, "status.json").read_text(encoding="utf-8"))
+    return code
 
 
 def _dry_run(verb: str, recipe: Any, ranks: Any, format: Format) -> None:

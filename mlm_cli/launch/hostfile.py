@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlm_cli import log
 from mlm_cli.errors import UsageError
 from mlm_cli.launch.local import free_port
 
+_LAUNCHER_LOG = re.compile(rb"\[\d{4}-\d\d-\d\d [^]]*\] \[(\w+)\] \[\w+\.py:\d+:")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -80,16 +82,33 @@ def run_hosts(path: str, nproc: int | None, arguments: Sequence[str]) -> int:
     Raises:
         UsageError: several hosts, and no pdsh to reach them with.
     """
-    if not _is_here(read_hostfile(path)) and shutil.which("pdsh") is None:
+    hosts = read_hostfile(path)
+    if not _is_here(hosts) and shutil.which("pdsh") is None:
         raise UsageError(
             "DeepSpeed's launcher reaches other hosts through `pdsh`, which is not installed",
             hint="install pdsh, or start the ranks with `srun mlm ...`, `mpirun mlm ...` or `torchrun -m mlm_cli ...`",
         )
-    process = subprocess.Popen(build_command(path, nproc, arguments))
+    process = subprocess.Popen(build_command(path, nproc, arguments), stdout=subprocess.PIPE)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, _frame: process.send_signal(received))
+    assert process.stdout is not None
+    for line in process.stdout:
+        pass_on(line, tuple(hosts))
     code = process.wait()
     return code if code >= 0 else 128 - code
+
+
+def pass_on(line: bytes, hosts: Sequence[str] = ()) -> None:
+    """Keep stdout for data: DeepSpeed's launcher logs there too, and pdsh puts the host's name before every line."""
+    for host in hosts:
+        line = line.removeprefix(f"{host}: ".encode())
+    match = _LAUNCHER_LOG.match(line)
+    if match is None:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    elif log.is_verbose() or (match.group(1) in (b"ERROR", b"CRITICAL") and b"exits with return code" not in line):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 
 
 def _is_here(hosts: dict[str, int]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from mlm_cli import log
 from mlm_cli.errors import UsageError
 from mlm_cli.launch import environment, hostfile, local
 from mlm_cli.launch.rank_log import keep_log
+from mlm_cli.launch.verdict import RANK_LOST
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ def find_ranks(nproc: int | None, hosts: str | None) -> Ranks:
     return Ranks("here", 1)
 
 
+def is_follower() -> bool:
+    """True in a process that leaves words for the user to another: a rank of `mlm --nproc`, or any but the first."""
+    return "MLM_SUPERVISED" in os.environ or os.environ.get("RANK", "0") != "0"
+
+
 def run(
     ranks: Ranks, body: Callable[[], int | None], *, run_folder: str | None = None, share_terminal: bool = False
 ) -> int:
@@ -75,9 +84,12 @@ def run(
     log_folder = Path(run_folder) / "logs" if run_folder else None
     try:
         if ranks.how == "local":
-            return local.run_local(
+            code = local.run_local(
                 local.same_command(), ranks.world_size, log_folder=log_folder, share_terminal=share_terminal
             )
+            if code == RANK_LOST and run_folder is not None:
+                record_loss(Path(run_folder))
+            return code
         if ranks.how == "hosts" and ranks.detail is not None:
             return hostfile.run_hosts(ranks.detail, ranks.nproc, sys.argv[1:])
         local.die_with_parent()
@@ -86,4 +98,21 @@ def run(
     except (NotADirectoryError, FileExistsError, PermissionError) as error:
         raise UsageError(f"cannot write to `{run_folder}`: {error.strerror}", hint="choose another --output") from None
     log.detail(ranks.describe())
+    if not log.is_verbose():
+        # Libraries tell each other what will change; the user can do nothing about it.
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
     return body() or 0
+
+
+def record_loss(run_folder: Path) -> None:
+    """Put the true exit code into ``status.json``: a lost rank wrote nothing, its neighbours what it did to them."""
+    path = run_folder / "status.json"
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        status.update(state="failed", exit_code=RANK_LOST, message="a rank was lost; see logs/")
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except (OSError, ValueError) as error:
+        log.detail(f"status.json not updated: {error}")

@@ -1,0 +1,115 @@
+"""Real jobs on several ranks, started in every way this machine offers, killed and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDLESS = ["train.steps=100000", "evaluate.every=0", "checkpoint.every=0", "log.every=1", "log.tensorboard=false"]
+
+
+def start(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    command = [*(launcher or (sys.executable,)), "-m", "mlm_cli", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    done = start(folder, "preprocess", str(tiny_text), "--tokenizer", "bytes", "--output", "data")
+    assert done.wait(timeout=60) == 0, done.communicate()
+    return folder
+
+
+def train(folder: Path, name: str, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return start(folder, "pretrain", "debug/gpt", "data.path=data", "--output", name, *more, launcher=launcher)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.1)
+
+
+def ranks_of(supervisor: int) -> dict[int, int]:
+    """rank -> process id of the supervisor's children."""
+    found = {}
+    for task in Path(f"/proc/{supervisor}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks = [int(item[5:]) for item in environ if item.startswith(b"RANK=")]
+            if ranks:
+                found[ranks[0]] = int(child)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_rank_ends_the_job_with_code_6(folder: Path) -> None:
+    process = train(folder, "killed", "parallel.tensor=2", "--nproc", "2", *ENDLESS)
+    wait_for_step(folder / "killed", process)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    start_time = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start_time < 10
+    assert process.returncode == 6
+    assert "rank 1 of 2 was lost" in err and "SIGKILL" in err
+    status = json.loads((folder / "killed" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 6)
+
+
+def test_sigterm_to_the_supervisor_saves_and_asks_to_be_requeued(folder: Path) -> None:
+    process = train(folder, "stopped", "parallel.tensor=2", "--nproc", "2", "--format", "json", *ENDLESS)
+    wait_for_step(folder / "stopped", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert json.loads(out)["exit_code"] == 75  # one document, though two ranks ran
+    assert (folder / "stopped" / "latest").exists()
+    logs = folder / "stopped" / "logs"
+    assert "loss" in (logs / "rank-0.log").read_text() and (logs / "rank-1.log").exists()
+
+
+def test_a_data_error_on_all_ranks_is_told_once(folder: Path) -> None:
+    process = train(folder, "nodata", "data.path=none", "--nproc", "2")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and out == "" and err.count("error:") == 1 and "none" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_under_other_launchers(folder: Path, launcher: str) -> None:
+    steps = ["train.steps=6", "log.every=2"]
+    if launcher == "torchrun":
+        command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+        process = train(folder, "torchrun", *steps, launcher=command)
+    else:
+        (folder / "hosts").write_text("localhost slots=2\n")
+        process = train(folder, "deepspeed", "--hostfile", "hosts", *steps, "--format", "json")
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "data 2" in err
+    status = json.loads((folder / launcher / "status.json").read_text())
+    assert status["state"] == "finished" and status["step"] == 6
+    if launcher == "deepspeed":
+        assert json.loads(out) == status  # the launcher's own log is kept off stdout
