@@ -181,7 +181,8 @@ class Chunker:
         while block := stream.read(min(BLOCK, self.chunk_bytes)):
             cut = block.rfind(b"\n") + 1
             first_end = block.find(b"\n") + 1
-            if (first_end or len(block)) + position - line_start > self.max_line and not too_long:
+            length = (first_end - 1 if first_end else len(block)) + position - line_start
+            if length > self.max_line and not too_long:
                 if line_start > begin:
                     yield begin, line_start, "run", _head(pieces, line_start - begin)
                 too_long, begin, pieces = True, line_start, []
