@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(mlm, m) {
   m.def("schema_id() -> int");
-  m.def("cpu_level() -> int");  // 0 plain, 1 AVX2, 2 AVX-512
+  m.def("cpu_level() -> int");  // 0 plain, 1 AVX2, 2 AVX-512, 3 with BF16
   // -> normed, mean, rstd
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
   // -> normed, rstd
@@ -45,6 +45,12 @@ STABLE_TORCH_LIBRARY(mlm, m) {
   m.def(
       "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? model_copy,"
       " float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()");
+  // One token a row through a whole GPT; inference only. weights: word, position, final norm (2), head, then per layer
+  // norm1 (2), qkv (2), out (2), norm2 (2), up (2), down (2), each weight and bias, empty where there is none. cache: keys
+  // and values per layer, [slots, groups, capacity, dim]. activation: 0 gelu, 1 gelu_erf, 2 swiglu. -> float32 logits
+  m.def(
+      "decode_step(Tensor tokens, Tensor positions, Tensor[] weights, Tensor(a!)[] cache, Tensor? cos, Tensor? sin,"
+      " int heads, int groups, int dim, int vocab_size, int activation, bool rms, float eps) -> Tensor");
 }
 
 #ifndef MLM_SCHEMA_ID

@@ -132,6 +132,32 @@ struct AdamW {
   float grad_scale;
 };
 
+// A few vectors times a matrix, as in decoding: y (+)= x weight^T + bias.
+struct Product {
+  const void* weight;  // [out or more, in]
+  const void* bias;    // dtype of weight, or null
+  const void* x;       // A[vectors, in]
+  void* y;             // A[vectors, out]
+  int64_t vectors;
+  int64_t in;
+  int64_t out;
+  bool add;            // to what y holds
+};
+
+// One query a row over its cached keys; the row's new key and value are stored first.
+struct DecodeAttention {
+  const void* qkv;     // A[rows, heads + 2 groups, dim]
+  void* keys;          // [slots, groups, capacity, dim]
+  void* values;
+  const int64_t* positions;  // of the new token of each row
+  void* out;           // A[rows, heads, dim]
+  int64_t heads;
+  int64_t groups;
+  int64_t dim;
+  int64_t capacity;
+  double scale;
+};
+
 struct TypeKernels {
   void (*norm_forward)(const NormForward&, int64_t begin, int64_t end);        // rows
   void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);      // blocks of rows
@@ -146,13 +172,18 @@ struct TypeKernels {
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);                     // elements; dtype of the gradient
   void (*widen)(const void* from, void* to, int64_t count);                    // dtype -> A
   void (*sum_blocks)(const void* from, void* to, int64_t blocks, int64_t width, int64_t begin, int64_t end);  // A -> dtype
+  void (*product)(const Product&, int64_t begin, int64_t end);                    // outputs
+  void (*decode_attention)(const DecodeAttention&, int64_t begin, int64_t end);   // rows x groups
 };
 
 struct Kernels {
-  int level;  // 0 plain, 1 AVX2, 2 AVX-512
+  int level;  // 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
   TypeKernels types[kNumDTypes];
 };
 
+namespace avx512bf16 {
+const Kernels& kernels();
+}
 namespace avx512 {
 const Kernels& kernels();
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli.generation.slots import Slots
+from mlm_cli.generation.step_plan import MOST_ROWS, StepPlan
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import build_info
 
@@ -28,14 +29,16 @@ class Decoder:
         model: in eval mode.
         num_slots: texts at once.
         max_length: tokens a text may have; unset: the model's context.
+        fused: use the fused decoding step where there is one for this model.
     """
 
-    def __init__(self, model: GPT, num_slots: int = 1, max_length: int | None = None) -> None:
+    def __init__(self, model: GPT, num_slots: int = 1, max_length: int | None = None, *, fused: bool = True) -> None:
         self.model = model
         self.max_length = max_length or model.config.seq_length
         self._group = model.parallel.tensor
         self.num_slots = num_slots
         self._slots = Slots(model, num_slots, self.max_length)
+        self._plan = StepPlan.of(model, self.max_length) if fused else None
 
     @property
     def used(self) -> int:
@@ -115,14 +118,16 @@ class Decoder:
     def _step(self, tokens: Sequence[int]) -> Tensor:
         slots, model = self._slots, self.model
         slots.begin_step()
-        x = torch.tensor(tokens, device=model.parallel.device)[:, None]
-        return model.gather_logits(model.logits(self._hidden(x)))[:, 0]
+        new = torch.tensor(tokens, device=model.parallel.device)
+        if self._plan is not None and len(tokens) <= MOST_ROWS:
+            return self._plan.logits(new, slots)
+        return model.gather_logits(model.logits(self._hidden(new[:, None])))[:, 0]
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """The model's own layers over one token a row, [b, 1] -> [b, 1, h]."""
         slots, model = self._slots, self.model
         info = build_info(tokens, positions=slots.positions[:, None], table=model._rotary, dtype=model.dtype)
-        info = replace(info, visible=slots.visible)
+        info = replace(info, visible=slots.visible())
         x = model.embedding(tokens, info)
         for layer, cache in zip(model.layers, slots.layers, strict=True):
             x = layer(x, info, cache)

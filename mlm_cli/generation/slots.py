@@ -41,7 +41,7 @@ class Slots:
     Attributes:
         lengths: tokens stored in each row in use.
         positions: [b] where the token of the current step goes, on the model's device.
-        visible: [b, 1, 1, longest] which keys a row may see in the current step; None where all rows see all.
+        tensors: keys and values of the layers in turn.
     """
 
     def __init__(self, model: GPT, num_slots: int, max_length: int) -> None:
@@ -50,7 +50,7 @@ class Slots:
         self.capacity = 0
         self.layers: list[_SlotLayer] = []
         self.rows = self.positions = torch.empty(0, dtype=torch.int64)
-        self.visible: Tensor | None = None
+        self.tensors: list[Tensor] = []
         self.even, self.longest = True, 0
         self.reserve(min(_FIRST_CAPACITY, max_length))
 
@@ -74,6 +74,7 @@ class Slots:
                 layer.values[: self.used, :, : self.capacity] = old.values[: self.used]
             layers.append(layer)
         self.layers, self.capacity = layers, capacity
+        self.tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
     def row_cache(self, row: int) -> KVCache:
         """The model's own kind of cache over one row, for passes of many tokens."""
@@ -98,17 +99,18 @@ class Slots:
         self.lengths.pop()
 
     def begin_step(self) -> None:
-        """Every row in use grows by one token, to be stored by the layers of the coming pass."""
+        """Every row in use grows by one token, to be stored by whoever runs the coming step."""
         lengths = self.lengths
         self.longest = max(lengths) + 1
         self.reserve(self.longest)
         self.even = min(lengths) == self.longest - 1
-        device = self.layers[0].keys.device
-        self.positions = torch.tensor(lengths, device=device)
-        if self.even:
-            self.visible = None
-        else:
-            self.rows = torch.arange(self.used, device=device)
-            keys = torch.arange(self.longest, device=device)
-            self.visible = (keys <= self.positions[:, None])[:, None, None]
+        self.positions = torch.tensor(lengths, device=self.layers[0].keys.device)
         self.lengths = [length + 1 for length in lengths]
+
+    def visible(self) -> Tensor | None:
+        """``[b, 1, 1, longest]``: which keys each row sees in the current step; None where all rows see all."""
+        if self.even:
+            return None
+        device = self.positions.device
+        self.rows = torch.arange(self.used, device=device)
+        return (torch.arange(self.longest, device=device) <= self.positions[:, None])[:, None, None]

@@ -13,6 +13,7 @@ registry.load()  # before the modules below, which look at what was loaded
 # ruff: noqa: E402
 from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
+from mlm_cli.ops.decode import decode_step, serves_decode_step
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
@@ -24,11 +25,13 @@ __all__ = [
     "bias_gelu_erf",
     "cross_entropy_grad_",
     "cross_entropy_stats",
+    "decode_step",
     "layer_norm",
     "residual_norm",
     "rms_norm",
     "scaled_causal_softmax",
     "scaled_masked_softmax",
+    "serves_decode_step",
     "status",
     "swiglu",
 ]

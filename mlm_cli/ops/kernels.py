@@ -248,3 +248,14 @@ def _(
 cross_entropy_stats = _ops.cross_entropy_stats.default
 cross_entropy_grad_ = _ops.cross_entropy_grad_.default
 adamw_ = _ops.adamw_.default
+
+
+# --- decoding
+
+
+@_fake("mlm::decode_step")
+def _(
+    tokens: Tensor, positions: Tensor, weights: list[Tensor], cache: list[Tensor], cos: Maybe, sin: Maybe, heads: int,
+    groups: int, dim: int, vocab_size: int, activation: int, rms: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    return weights[0].new_empty((tokens.shape[0], vocab_size), dtype=torch.float32)

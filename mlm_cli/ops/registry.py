@@ -25,7 +25,9 @@ OPERATORS = (
     "swiglu",
     "cross_entropy",
     "adamw_",
+    "decode_step",
 )
+CPU_ONLY = ("decode_step",)
 
 cpu_loaded = False
 cuda_loaded = False
@@ -84,7 +86,7 @@ def load() -> None:
 
 def cpu_capability() -> str:
     """Instruction set the loaded CPU kernels chose for this processor."""
-    return ("plain", "AVX2", "AVX-512")[torch.ops.mlm.cpu_level()]
+    return ("baseline instructions", "AVX2", "AVX-512", "AVX-512 with BF16")[torch.ops.mlm.cpu_level()]
 
 
 def serves(x: Tensor) -> bool:
@@ -117,4 +119,8 @@ def status() -> list[dict[str, str]]:
         backend, reason = "cpu", f"{cpu_reason}; cuda: {cuda_reason}"
     else:
         backend, reason = "reference", cpu_reason
-    return [{"name": name, "backend": backend, "reason": reason} for name in OPERATORS]
+    rows = [{"name": name, "backend": backend, "reason": reason} for name in OPERATORS]
+    for row in rows:
+        if row["name"] in CPU_ONLY and cuda_loaded:
+            row.update(backend="cpu", reason=f"{cpu_reason}; cuda: the layers run one by one")
+    return rows

@@ -1,0 +1,89 @@
+"""The model's weights laid out for the fused decoding step.
+
+This is no second definition of the model: it holds the very parameters of the layers, and only of layers it knows in
+full. Where anything is unknown, or sliced, or on a GPU, the layers themselves run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_cli import ops
+from mlm_cli.generation.slots import Slots
+from mlm_cli.models.attention import SelfAttention
+from mlm_cli.models.block import MLP, Block, Norm
+from mlm_cli.models.gpt import GPT, Embedding, Head, Position
+from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+# With more rows than this a step computes more than it reads, and the general matrix product is the better one.
+MOST_ROWS = 16
+
+_KNOWN = {
+    GPT, nn.ModuleList, Embedding, VocabParallelEmbedding, Position, Block, Norm, SelfAttention, ColumnParallelLinear,
+    RowParallelLinear, MLP, Head,
+}  # fmt: skip
+
+
+class StepPlan:
+    """Runs one decoding step of ``model`` through ``ops.decode_step``. Made by ``of``."""
+
+    def __init__(self, model: GPT, max_length: int) -> None:
+        config, block = model.config, model.layers[0]
+        assert isinstance(block, Block)
+        first = block.attention
+        self._weights = _weights(model)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        if model._rotary is not None:
+            cos, sin = model._rotary.at(torch.arange(max_length), torch.float32)
+            self._rotary = cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
+        self._shape: dict[str, Any] = {
+            "heads": first.num_heads,
+            "groups": first.num_groups,
+            "dim": first.dim,
+            "vocab_size": model.vocab_size,
+            "activation": config.activation,
+            "rms": config.norm == "rmsnorm",
+            "eps": config.norm_eps,
+        }
+
+    @staticmethod
+    def of(model: GPT, max_length: int) -> StepPlan | None:
+        """The plan of a model, or None where its layers must run one by one."""
+        device = model.parallel.device
+        if model.parallel.tensor.size > 1 or not ops.serves_decode_step(model.dtype, device):
+            return None
+        if any(type(module) not in _KNOWN or _is_hooked(module) for module in model.modules()):
+            return None
+        used = {weight.data_ptr() for weight in _weights(model) if weight.numel()}
+        if used != {param.data_ptr() for param in model.parameters()}:
+            return None
+        return StepPlan(model, max_length)
+
+    def logits(self, tokens: Tensor, slots: Slots) -> Tensor:
+        """After ``slots.begin_step()``: tokens [b] -> float32 logits [b, vocab_size]; keys and values are stored."""
+        return ops.decode_step(tokens, slots.positions, self._weights, slots.tensors, self._rotary, **self._shape)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _weights(model: GPT) -> list[Tensor]:
+    nothing = torch.empty(0, dtype=model.dtype)
+
+    def pair(module: nn.Module) -> list[Tensor]:
+        bias = getattr(module, "bias", None)
+        return [module.weight.detach(), nothing if bias is None else bias.detach()]  # type: ignore[operator]
+
+    position = model.embedding.position
+    found = [model.embedding.word.weight.detach(), nothing if position is None else position.weight.detach()]
+    found += [*pair(model.final_norm), model.output_weight.detach()]
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        attention, mlp = layer.attention, layer.mlp
+        for module in (layer.norm1, attention.qkv, attention.out, layer.norm2, mlp.up, mlp.down):
+            found += pair(module)
+    return found
