@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, num_query_groups
+from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
@@ -49,6 +50,10 @@ class SelfAttention(nn.Module):
         b, s, _ = x.shape
         rotated = self.num_heads + self.num_groups
         heads = self.qkv(x).view(b, s, rotated + self.num_groups, self.dim)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and self.kind == "auto" and not dropout and suits(heads):
+            out = attend_blocked(heads, info.rotary, info.visible, self.num_heads)
+            return self.out(out.reshape(b, s, self.num_heads * self.dim))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
         else:
@@ -57,12 +62,11 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info)
+        out = self._attend(query, key, value, info, dropout)
         return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
-        dropout = self.dropout if self.training else 0.0
         kind = self.kind
         if kind == "auto":
             # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.

@@ -56,10 +56,10 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=scaled_std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up(x)
         if self.activation == "swiglu":
-            return self.down(ops.swiglu(inner))
-        return self.down(ops.bias_gelu(inner) if self.activation == "gelu" else ops.bias_gelu_erf(inner))
+            return self.down(ops.swiglu(self.up(x)))
+        gelu = ops.bias_gelu if self.activation == "gelu" else ops.bias_gelu_erf
+        return self.down(gelu(self.up.without_bias(x), self.up.bias))
 
 
 class Block(nn.Module):

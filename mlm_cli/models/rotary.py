@@ -21,18 +21,17 @@ class RotaryTable:
         self._made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows for positions ``0..length`` at least, ``[positions, d]``; sines carry the sign of the rotation."""
+        """Cosines and sines for positions ``0..length`` at least, ``[positions, d / 2]``."""
         key = (device, dtype)
         if key not in self._made or self._made[key][0].shape[0] < length:
             rows = max(64, 1 << (length - 1).bit_length())
             exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
             angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), self.base**-exponents)
-            cos, sin = angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
-            self._made[key] = cos.to(dtype), sin.to(dtype)
+            self._made[key] = angles.cos().to(dtype), angles.sin().to(dtype)
         return self._made[key]
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables for ``positions [..., s]``: cos and signed sin, ``[..., s, 1, d]`` each."""
+        """Cosines and sines for ``positions [..., s]``, ``[..., s, 1, d / 2]`` each."""
         cos, sin = self._table(int(positions.max()) + 1 if positions.numel() else 1, positions.device, dtype)
         return cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
 
@@ -41,17 +40,22 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate_(x.clone(memory_format=torch.contiguous_format), cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         # The inverse of a rotation is the rotation by the opposite angle.
-        return _rotate(grad, cos, -sin), None, None
+        return rotate_(grad.clone(memory_format=torch.contiguous_format), cos, -sin), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x [b, s, n, d]`` in place; no autograd."""
+    first, second = x.chunk(2, -1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+    return x
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -37,6 +37,10 @@ class Group:
             dist.all_reduce(tensor, op=_OPERATIONS[op], group=self.handle)
         return tensor
 
+    def start_all_reduce_(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to sum ``tensor`` over the group in place; ``wait()`` on what comes back before reading it."""
+        return dist.all_reduce(tensor, group=self.handle, async_op=True) if self.size > 1 else None
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks of the group, in rank order; all must have the same shape."""
         if self.size == 1:

@@ -20,22 +20,31 @@ def valid_columns(v_local: int, group: Group, vocab_size: int) -> tuple[int, int
     return start, min(max(vocab_size - start, 0), v_local)
 
 
-def combine_stats(stats: tuple[Tensor, Tensor, Tensor], group: Group) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp ``[t]``, logit of the label ``[t]``) over the whole vocabulary, from the local maxima and sums."""
-    highest, total, target = stats
-    if group.size == 1:
-        return highest + total.log(), target
-    parts = torch.stack(group.all_gather(torch.stack([highest, total, target])))  # [ranks, 3, t]
+def combine_stats(parts: list[tuple[Tensor, Tensor, Tensor]], group: Group) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp ``[t]``, logit of the label ``[t]``) over the whole vocabulary.
+
+    Args:
+        parts: maxima, sums and label's logits (``ops.cross_entropy_stats``) of the columns this rank holds, in parts.
+    """
+    top, total, target = _merge(torch.stack([torch.stack(part) for part in parts])) if len(parts) > 1 else parts[0]
+    if group.size > 1:
+        top, total, target = _merge(torch.stack(group.all_gather(torch.stack([top, total, target]))))
+    return top + total.log(), target
+
+
+def _merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One maximum, sum and label's logit from those of several column ranges, ``[ranges, 3, t]``."""
     top = parts[:, 0].amax(0)
-    total = (parts[:, 1] * torch.exp(parts[:, 0] - top)).sum(0)
-    return top + total.log(), parts[:, 2].sum(0)
+    # A range of padding alone has maximum -inf and sum 0; a rank of nothing else keeps them.
+    shifted = torch.exp(parts[:, 0] - top.clamp(min=torch.finfo(top.dtype).min))
+    return top, (parts[:, 1] * shifted).sum(0), parts[:, 2].sum(0)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
         start, num_valid = valid_columns(logits.shape[1], group, vocab_size)
-        lse, target = combine_stats(ops.cross_entropy_stats(logits, labels, start, num_valid), group)
+        lse, target = combine_stats([ops.cross_entropy_stats(logits, labels, start, num_valid)], group)
         ctx.save_for_backward(logits, labels, lse)
         ctx.place = (start, num_valid)
         return lse - target

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_cli.parallel.context import Group
-from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
+from mlm_cli.parallel.context import SOLO, Group
+from mlm_cli.parallel.linear import linear
+from mlm_cli.parallel.mappings import reduce_from_group
 from mlm_cli.parallel.shard import Shard
 
 
@@ -59,7 +60,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` (equal on all ranks) -> ``[..., out / size]``."""
-        return F.linear(copy_to_group(x, self.group), self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.group)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The product alone, for a following operator that adds ``bias`` on its way."""
+        return linear(x, self.weight, None, self.group)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
@@ -90,8 +95,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in / size]`` -> ``[..., out]``, equal on all ranks."""
         if self.fused_bias:
-            return F.linear(x, self.weight, self.bias)
-        out = reduce_from_group(F.linear(x, self.weight), self.group)
+            return linear(x, self.weight, self.bias, SOLO)
+        out = reduce_from_group(linear(x, self.weight, None, SOLO), self.group)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

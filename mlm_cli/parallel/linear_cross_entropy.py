@@ -1,11 +1,13 @@
-"""Output layer and cross entropy in one, a chunk of tokens at a time: the logits of a batch never exist together.
+"""Output layer and cross entropy in one: logits exist for a block of tokens only, and become gradients in place.
 
-The gradients are made in the forward pass while a chunk's logits are in cache, as in Liger-Kernel's
-``fused_linear_cross_entropy`` (Hsu et al. 2024); the vocabulary is cut over ranks as in ``cross_entropy``.
+The gradients are made in the forward pass, as in Liger-Kernel's ``fused_linear_cross_entropy`` (Hsu et al. 2024); the
+vocabulary is cut over ranks as in ``cross_entropy``. Inside a block the work goes by columns: a product of some columns
+is still in cache when its maxima and sums are taken, and again when it becomes a gradient and is multiplied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,30 +16,68 @@ from torch import Tensor
 from mlm_cli import ops
 from mlm_cli.parallel.context import Group
 from mlm_cli.parallel.cross_entropy import combine_stats, valid_columns
+from mlm_cli.parallel.linear import weight_gradient
 
-# Bytes of logits worked on at a time.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+# Most bytes of logits at a time: few, large blocks, because each adds to a gradient as large as the weight.
+_BLOCK_BYTES = 256 << 20
+# Columns worked on at a time on the CPU. On a GPU one large product is better than many.
+_COLUMNS = 2048
 
 
-def chunk_tokens(num_tokens: int, v_local: int, element_size: int, device_type: str) -> int:
-    """Tokens a chunk: as many as keep their logits within the budget, a multiple of 32, evenly spread."""
-    most = max(_CHUNK_BYTES.get(device_type, 256 << 20) // (v_local * element_size), 32)
-    chunks = -(-num_tokens // most)
-    return min(num_tokens, -(-num_tokens // (chunks * 32)) * 32)
+def block_tokens(num_tokens: int, v_local: int, element_size: int) -> int:
+    """Tokens a block: as many as keep the logits within the budget, a multiple of 32, evenly spread."""
+    most = max(_BLOCK_BYTES // (v_local * element_size), 32)
+    blocks = max(-(-num_tokens // most), 1)
+    return min(num_tokens, -(-num_tokens // (blocks * 32)) * 32) or 1
+
+
+class _Block:
+    """The logits ``[t, v_local]`` of a block of tokens, by columns."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, group: Group, vocab_size: int) -> None:
+        self.hidden, self.weight, self.labels, self.group = hidden, weight, labels, group
+        self.start, self.num_valid = valid_columns(weight.shape[0], group, vocab_size)
+
+    def columns(self) -> Iterator[tuple[slice, int, int]]:
+        """Slices of the columns, with the token number of their first and how many of them are no padding."""
+        v_local = self.weight.shape[0]
+        step = _COLUMNS if self.weight.is_cpu else v_local
+        for first in range(0, v_local, step):
+            last = min(first + step, v_local)
+            yield slice(first, last), self.start + first, min(max(self.num_valid - first, 0), last - first)
+
+    def fill(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits; returns log-sum-exp and label's logit of each token over the whole vocabulary."""
+        found = []
+        for cut, first, valid in self.columns():
+            torch.mm(self.hidden, self.weight[cut].t(), out=logits[:, cut])
+            found.append(ops.cross_entropy_stats(logits[:, cut], self.labels, first, valid))
+        return combine_stats(found, self.group)
+
+    def gradients(self, logits: Tensor, lse: Tensor, scale: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+        """Turn logits into their gradients; write that of the hidden states, add to that of the weight."""
+        for cut, first, valid in self.columns():
+            ops.cross_entropy_grad_(logits[:, cut], self.labels, lse, scale, first, valid)
+            grad_weight[cut] += weight_gradient(logits[:, cut], self.hidden)
+        torch.mm(logits, self.weight, out=grad_hidden)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
     """Loss of each token, float32 ``[t]``; no gradient. Arguments as ``vocab_parallel_linear_cross_entropy``."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-    start, num_valid = valid_columns(weight.shape[0], group, vocab_size)
-    step = chunk_tokens(hidden.shape[0], weight.shape[0], weight.element_size(), hidden.device.type)
+    step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size())
     with torch.no_grad():
-        for first in range(0, hidden.shape[0], max(step, 1)):
-            rows = slice(first, first + step)
-            logits = hidden[rows] @ weight.t()
-            lse, target = combine_stats(ops.cross_entropy_stats(logits, labels[rows], start, num_valid), group)
+        buffer = weight.new_empty(step, weight.shape[0])
+        for rows in _rows(hidden.shape[0], step):
+            block = _Block(hidden[rows], weight, labels[rows], group, vocab_size)
+            lse, target = block.fill(buffer[: block.hidden.shape[0]])
             torch.sub(lse, target, out=losses[rows])
     return losses
+
+
+def _rows(num_tokens: int, step: int) -> Iterator[slice]:
+    for first in range(0, num_tokens, step):
+        yield slice(first, min(first + step, num_tokens))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -45,24 +85,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, group: Group, vocab_size: int
     ) -> Tensor:
-        start, num_valid = valid_columns(weight.shape[0], group, vocab_size)
-        step = chunk_tokens(hidden.shape[0], weight.shape[0], weight.element_size(), hidden.device.type)
+        step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size())
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
+        # Sums over several blocks are kept in float32: bfloat16 would lose the small ones.
         several = step < hidden.shape[0]
-        # Sums of chunks are kept in float32: bfloat16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if several else torch.empty_like(weight)
-        for first in range(0, hidden.shape[0], step):
-            rows = slice(first, first + step)
-            logits = hidden[rows] @ weight.t()
-            lse, target = combine_stats(ops.cross_entropy_stats(logits, labels[rows], start, num_valid), group)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if several else weight.dtype)
+        buffer = weight.new_empty(step, weight.shape[0])
+        for rows in _rows(hidden.shape[0], step):
+            block, logits = (
+                _Block(hidden[rows], weight, labels[rows], group, vocab_size),
+                buffer[: rows.stop - rows.start],
+            )
+            lse, target = block.fill(logits)
             loss += torch.dot(lse - target, scale[rows])
-            ops.cross_entropy_grad_(logits, labels[rows], lse, scale[rows], start, num_valid)
-            torch.mm(logits, weight, out=grad_hidden[rows])
-            if several:
-                grad_weight += logits.t() @ hidden[rows]
-            else:
-                torch.mm(logits.t(), hidden, out=grad_weight)
+            block.gradients(logits, lse, scale[rows], grad_hidden[rows], grad_weight)
         group.all_reduce_(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss

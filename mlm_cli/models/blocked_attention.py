@@ -1,0 +1,120 @@
+"""Training attention for processors whose matrix units are fast in bfloat16 and whose fused attention is not.
+
+Forward is torch's fused attention. Its backward for the CPU runs at a small share of the bfloat16 matrix rate; here the
+probabilities are recomputed a block of queries at a time (as Dao et al. 2022, section 3.1, do on GPUs) with plain
+batched products around our softmax kernel. Memory grows with the block, not with the square of the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_cli import ops
+from mlm_cli.models.rotary import rotate_
+
+# Bytes of scores at a time: they, the probabilities and two gradients of the same size pass through the cache.
+_BLOCK_BYTES = 4 << 20
+_QUERIES = 256
+
+
+def suits(x: Tensor) -> bool:
+    """True where this beats torch's own backward (measured; float32 does not gain)."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, visible: Tensor | None, num_heads: int
+    ) -> Tensor:
+        num_groups = (qkv.shape[2] - num_heads) // 2
+        if cos is not None and sin is not None:
+            qkv = qkv.clone()
+            rotate_(qkv[:, :, : num_heads + num_groups], cos, sin)
+        query, key, value = (x.transpose(1, 2) for x in qkv.split([num_heads, num_groups, num_groups], 2))
+        out = F.scaled_dot_product_attention(
+            query, key, value, visible, is_causal=visible is None, enable_gqa=num_groups != num_heads
+        )
+        ctx.save_for_backward(qkv, cos, sin, visible)
+        ctx.num_heads, ctx.num_groups = num_heads, num_groups
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, visible = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        rows = max(1, _BLOCK_BYTES // (ctx.num_heads * min(_QUERIES, qkv.shape[1]) * qkv.shape[1] * qkv.element_size()))
+        for first in range(0, qkv.shape[0], rows):
+            part = slice(first, first + rows)
+            mask = visible if visible is None or visible.shape[0] == 1 else visible[part]
+            _gradients(qkv[part], grad[part], grad_qkv[part], mask, ctx.num_heads, ctx.num_groups)
+        if cos is not None:
+            rotate_(grad_qkv[:, :, : ctx.num_heads + ctx.num_groups], cos, -sin)
+        return grad_qkv, None, None, None, None
+
+
+def _gradients(
+    qkv: Tensor, grad: Tensor, grad_qkv: Tensor, visible: Tensor | None, num_heads: int, num_groups: int
+) -> None:
+    """Gradients of some samples, ``[b, s, heads, d]`` each, written to ``grad_qkv``."""
+    b, s, _, d = qkv.shape
+    repeats = num_heads // num_groups
+
+    def whole(x: Tensor) -> Tensor:
+        """``[b, s, heads, d]`` -> ``[b * n, s, d]``, a key head for every query head."""
+        x = x.transpose(1, 2)
+        x = x if x.shape[1] == num_heads else x.repeat_interleave(repeats, 1)
+        return x.reshape(b * num_heads, s, d)
+
+    query, key, value = (whole(x) for x in qkv.split([num_heads, num_groups, num_groups], 2))
+    grad = whole(grad)
+    grads = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
+    for start in range(0, s, _QUERIES):
+        stop = min(start + _QUERIES, s)
+        mask = visible if visible is None else ~visible[:, :, start:stop, :stop]
+        _block_gradients(query, key, value, grad, grads, start, stop, mask, b)
+    for mine, where in zip(grads, grad_qkv.split([num_heads, num_groups, num_groups], 2), strict=True):
+        heads = mine.view(b, num_heads, s, d)
+        if where.shape[2] != num_heads:
+            heads = heads.view(b, num_groups, repeats, s, d).sum(2)
+        where.copy_(heads.transpose(1, 2))
+
+
+def _block_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, grads: list[Tensor], start: int, stop: int,
+    hidden: Tensor | None, b: int,
+) -> None:  # fmt: skip
+    """What queries ``start..stop`` give to the gradients; keys after ``stop`` are out of sight."""
+    query, grad, key, value = query[:, start:stop], grad[:, start:stop], key[:, :stop], value[:, :stop]
+    scale = query.shape[-1] ** -0.5
+    scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, stop - start, stop).requires_grad_()
+    with torch.enable_grad():
+        if hidden is None:
+            probs = ops.scaled_causal_softmax(scores, scale, offset=start)
+        else:
+            probs = ops.scaled_masked_softmax(scores, hidden, scale)
+    grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(scores)
+    grad_scores = torch.autograd.grad(probs, scores, grad_probs)[0].flatten(0, 1)
+    grads[0][:, start:stop] = torch.bmm(grad_scores, key)
+    grads[1][:, :stop] += torch.bmm(grad_scores.transpose(1, 2), query)
+    grads[2][:, :stop] += torch.bmm(probs.detach().flatten(0, 1).transpose(1, 2), grad)
+
+
+def attend_blocked(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, visible: Tensor | None, num_heads: int) -> Tensor:
+    """Attention of a whole sequence to itself.
+
+    Args:
+        qkv: ``[b, s, heads + 2 * groups, d]``: query, key and value heads.
+        rotary: tables of ``RotaryTable.at`` for query and key heads.
+        visible: ``[b or 1, 1, s, s]``, True where a token may look, and never at a later one; None: causal.
+        num_heads: query heads.
+
+    Returns:
+        ``[b, s, heads, d]``.
+    """
+    cos, sin = rotary if rotary is not None else (None, None)
+    return _BlockedAttention.apply(qkv, cos, sin, visible, num_heads)

@@ -1,0 +1,54 @@
+"""Blocked attention against the written-out definition, forward and backward, over several blocks of queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlm_cli.models import blocked_attention
+from mlm_cli.models.attention import attend_reference
+from mlm_cli.models.info import SequenceInfo, document_mask
+from mlm_cli.models.rotary import RotaryTable, rotate
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("length", [50, 16, 1])
+def test_equals_the_definition(
+    groups: int, rotary: bool, documents: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked_attention, "_QUERIES", 16)
+    monkeypatch.setattr(blocked_attention, "_BLOCK_BYTES", 2 * 4 * 16 * length * 4)  # two samples of three
+    torch.manual_seed(0)
+    packed = torch.randn(3, length, 4 + 2 * groups, 8)
+    grad = torch.randn(3, length, 4, 8)
+    visible = document_mask(torch.randint(0, 3, (3, length)).sort(1).values) if documents else None
+    tables = RotaryTable(8, 100.0).at(torch.arange(length), torch.float32) if rotary else None
+
+    mine = packed.clone().requires_grad_()
+    out = blocked_attention.attend_blocked(mine, tables, visible, 4)
+    out.backward(grad)
+
+    plain = packed.clone().requires_grad_()
+    pair, value = plain.split([4 + groups, groups], 2)
+    query, key = (rotate(pair, tables) if tables else pair).split([4, groups], 2)
+    expected = attend_reference(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        SequenceInfo(torch.arange(length), visible=visible),
+        0.0,
+    ).transpose(1, 2)
+    expected.backward(grad)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_turns_pairs_by_their_angle() -> None:
+    """Half-split pairs (i, i + d/2) as complex numbers, multiplied by e^(i * position * base^(-2i/d))."""
+    x, positions = torch.randn(2, 7, 3, 10, dtype=torch.float64), torch.tensor([0, 3, 5, 1, 99, 2, 1000])
+    angles = positions[:, None].double() * 50.0 ** (-torch.arange(0, 10, 2).double() / 10)
+    turned = torch.complex(x[..., :5], x[..., 5:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    found = rotate(x.float(), RotaryTable(10, 50.0).at(positions, torch.float32))
+    torch.testing.assert_close(found.double(), torch.cat([turned.real, turned.imag], -1), rtol=0, atol=1e-4)
