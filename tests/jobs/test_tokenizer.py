@@ -1,0 +1,117 @@
+"""`mlm tokenizer train|show`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlm_cli.data.tokenizer import load_tokenizer
+from mlm_cli.errors import DataError, UsageError
+from mlm_cli.jobs.tokenizer import TrainRequest, show, train
+from tests.jobs.preprocess_runs import command, jsonl, preprocess, texts
+
+SIZES = {"bpe": 700, "wordpiece": 400, "unigram": 300}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    for kind, size in SIZES.items():
+        train(TrainRequest((str(tiny_text),), str(folder / kind), kind, size, max_train_mb=0.1))
+    return {kind: folder / kind for kind in SIZES}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_trained_tokenizer_opens_everywhere(trained: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(str(trained[kind]))
+    assert tokenizer.vocab_size == SIZES[kind]
+    assert tokenizer.eod_token == ("[SEP]" if kind == "wordpiece" else "<|endoftext|>")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(trained[kind]))
+    text = "def parse(self, message):\n    return email.message_from_string(message)  # as before"
+    ids = tokenizer.encode(text)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert len(ids) < len(text) / 1.5  # it has learnt something
+    if kind == "bpe":
+        assert tokenizer.decode(ids) == text
+        anything = "日本語 😀 \x00"
+        assert tokenizer.decode_bytes(tokenizer.encode(anything)) == anything.encode()
+        assert theirs.eos_token_id == tokenizer.eod_id == 0
+    if kind == "wordpiece":
+        framed = theirs("email")["input_ids"]
+        assert [framed[0], framed[-1]] == [tokenizer.token_ids["[CLS]"], tokenizer.token_ids["[SEP]"]]
+
+
+def test_training_is_repeatable_and_is_the_librarys(tiny_text: Path, trained: dict[str, Path], tmp_path: Path) -> None:
+    """The same ids as the library trained directly on the same texts."""
+    train(TrainRequest((str(tiny_text),), str(tmp_path / "again"), "bpe", SIZES["bpe"], max_train_mb=0.1))
+    assert load_tokenizer(str(tmp_path / "again")).fingerprint == load_tokenizer(str(trained["bpe"])).fingerprint
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    jsonl(tmp_path / "small.jsonl", ["a rose is a rose is a rose", "rosy roses rise"])
+    train(TrainRequest((str(tmp_path / "small.jsonl"),), str(tmp_path / "ours"), "bpe", 270))
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(
+        ["a rose is a rose is a rose", "rosy roses rise"],
+        trainers.BpeTrainer(
+            vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            min_frequency=2, show_progress=False,
+        ),
+    )  # fmt: skip
+    assert load_tokenizer(str(tmp_path / "ours")).token_ids == theirs.get_vocab()
+
+
+def test_trained_tokenizer_preprocesses(trained: dict[str, Path], tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["import email", "x = 1"])
+    preprocess(source, output=tmp_path / "x", tokenizer=str(trained["bpe"]))
+    assert texts(tmp_path / "x", str(trained["bpe"])) == ["import email|", "x = 1|"]
+
+
+def test_lowercase(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", ["Hello HELLO hello world World"] * 4)
+    for kind in SIZES:
+        request = TrainRequest((str(tmp_path / "a.jsonl"),), str(tmp_path / kind), kind, 280 if kind == "bpe" else 40, lowercase=True)  # fmt: skip  # noqa: E501
+        train(request)
+        tokenizer = load_tokenizer(str(tmp_path / kind))
+        assert tokenizer.encode("HELLO World") == tokenizer.encode("hello world")
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{\n')
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    good = str(jsonl(tmp_path / "good.jsonl", ["a b c"]))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("mine")
+    with pytest.raises(DataError, match=r"bad.jsonl:2: malformed JSON"):
+        train(TrainRequest((str(tmp_path / "bad.jsonl"),), str(tmp_path / "t"), "bpe", 300))
+    with pytest.raises(DataError, match="no text"):
+        train(TrainRequest((str(tmp_path / "blank.jsonl"),), str(tmp_path / "t"), "bpe", 300))
+    with pytest.raises(UsageError, match="too small"):
+        train(TrainRequest((good,), str(tmp_path / "t"), "bpe", 100))
+    with pytest.raises(UsageError, match="exists already"):
+        train(TrainRequest((good,), str(tmp_path / "taken"), "bpe", 300))
+    assert not (tmp_path / "t").exists() and not list(tmp_path.glob(".t*"))
+    assert (tmp_path / "taken/file").read_text() == "mine"
+
+
+def test_show(test_data: Path, tmp_path: Path) -> None:
+    report = show(str(test_data / "tokenizers/gpt2"))
+    assert (report["kind"], report["vocab_size"], report["eod"]["id"]) == ("byte-level BPE", 50257, 50256)
+    assert report["sample"]["back"] == report["sample"]["text"]
+    assert report["backend"] in ("gigatoken", "tokenizers") and report["backend_reason"]
+    done = command("tokenizer", "show", "bytes", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["vocab_size"] == 257
+
+
+def test_command(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", ["some words and some more words"] * 20)
+    arguments = ["tokenizer", "train", "a.jsonl", "--kind", "bpe", "--vocab-size", "262", "--output", "tok"]
+    done = command(*arguments, "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["vocab_size"] == 262
+    assert {path.name for path in (tmp_path / "tok").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert command(*arguments, cwd=tmp_path).returncode == 2
+    assert command("tokenizer", "show", "missing", cwd=tmp_path).returncode == 3
