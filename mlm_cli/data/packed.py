@@ -34,7 +34,7 @@ class TokenStore(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
-    def contiguous(self) -> bool: ...
+    def one_stream(self) -> bool: ...
 
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
@@ -95,7 +95,7 @@ class GPTSamples:
         self.seq_length, self.seed, self.stream = seq_length, seed, stream
         self.mask_documents, self.vocab_size = mask_documents, vocab_size
         self.name = name or str(dataset.prefix)
-        if not dataset.contiguous:
+        if not dataset.one_stream:
             raise DataError(
                 f"the sequences of {dataset.prefix} do not lie back to back in its .bin file",
                 hint="write it anew with `mlm preprocess`",

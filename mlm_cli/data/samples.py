@@ -82,7 +82,7 @@ def open_training_data(
                     name=name,
                 )
             except DataError as error:
-                if own is not None or split == "train" or not dataset.contiguous:
+                if own is not None or split == "train" or not dataset.one_stream:
                     raise
                 _say_left_out(split, error.message)
                 continue

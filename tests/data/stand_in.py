@@ -9,7 +9,7 @@ class MemoryTokens:
     """Documents of one sequence each, laid out as in a ``.bin``/``.idx`` pair; picklable."""
 
     def __init__(self, documents: list[list[int]], dtype: type = np.uint16, prefix: str = "memory") -> None:
-        self.prefix, self.dtype, self.contiguous = prefix, np.dtype(dtype), True
+        self.prefix, self.dtype, self.one_stream = prefix, np.dtype(dtype), True
         lengths = np.array([len(document) for document in documents], dtype=np.int32)
         self.lengths = lengths
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1] * self.dtype.itemsize

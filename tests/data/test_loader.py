@@ -17,8 +17,8 @@ from stand_in import MemoryTokens
 
 from mlm_cli.data.indexed import IndexedDataset, IndexedWriter
 from mlm_cli.data.loader import batches, restarted_positions
-from mlm_cli.data.packed import GPTSamples, SampleSource
 from mlm_cli.data.loader_workers import WorkerPool
+from mlm_cli.data.packed import GPTSamples, SampleSource
 from mlm_cli.errors import DataError, RankLostError
 
 
@@ -34,9 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SampleSource:
             writer.add_sequence(rng.integers(0, 1000, length))
             writer.end_document()
         writer.finish()
-        parts.append(
-            GPTSamples(IndexedDataset(prefix), seq_length=16, seed=9, stream=number, mask_documents=True)
-        )
+        parts.append(GPTSamples(IndexedDataset(prefix), seq_length=16, seed=9, stream=number, mask_documents=True))
     return SampleSource(parts, [1, 2])
 
 

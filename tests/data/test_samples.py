@@ -119,6 +119,37 @@ def test_opening_reads_next_to_nothing(tmp_path: Path) -> None:
     assert samples.fingerprint and time.perf_counter() - begin < 0.5
 
 
+def test_opening_a_real_index_takes_the_same_time_at_any_size(tmp_path: Path) -> None:
+    """An index of 50 million documents (1 GB, sparse but for its ends) opens without being walked."""
+    from mlm_cli.data.indexed import index_header
+
+    num = 50_000_000
+    prefix = tmp_path / "many"
+    with open(f"{prefix}.idx", "wb") as out:
+        out.write(index_header(np.uint16, num, num))
+        out.truncate(34 + 12 * num + 8 * (num + 1))
+        out.seek(34 + 12 * num + 8 * num)
+        out.write(num.to_bytes(8, "little"))
+    open(f"{prefix}.bin", "wb").close()
+    begin = time.perf_counter()
+    dataset = IndexedDataset(prefix)
+    assert dataset.one_stream  # all lengths and offsets are 0
+    with pytest.raises(DataError, match="0 tokens in 50,000,000 documents"):
+        GPTSamples(dataset, seq_length=8, seed=0)
+    assert time.perf_counter() - begin < 0.5
+
+
+def test_sequences_out_of_order_are_refused(tmp_path: Path) -> None:
+    """In a small set anywhere; in a large one wherever the spread look meets it."""
+    prefix = write(tmp_path / "d", [[i % 1000] for i in range(70_000)])
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    first = 34 + 4 * 70_000
+    index[first : first + 8], index[first + 8 : first + 16] = index[first + 8 : first + 16], index[first : first + 8]
+    Path(f"{prefix}.idx").write_bytes(bytes(index))
+    with pytest.raises(DataError, match="do not lie back to back"):
+        GPTSamples(IndexedDataset(prefix), seq_length=8, seed=0)
+
+
 def test_samples_travel_to_another_process(tmp_path: Path) -> None:
     source = SampleSource([GPTSamples(IndexedDataset(write(tmp_path / "d", make_documents(50))), seq_length=8, seed=2)])
     copy = pickle.loads(pickle.dumps(source))
@@ -188,7 +219,8 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
     prefix = write(tmp_path / "d_text_document", make_documents(60))
     output = {"prefix": "d_text_document", "max_token_id": 70_000}
-    Sidecar("ab" * 32, "gpt2", 70_001, None, True, 60, [output]).write(tmp_path / "d.json")
+    sidecar = Sidecar("ab" * 32, "gpt2", 70_001, None, True, 60, [output])
+    (tmp_path / "d.json").write_text(sidecar.text())
     data = DataSection(path=prefix)
     with pytest.raises(DataError, match=r"another tokenizer \(gpt2, abababababab\)"):
         open_training_data(data, seq_length=8, seed=1, tokenizer_fingerprint="cd" * 32)

@@ -68,7 +68,7 @@ def test_an_indexed_set_is_its_texts(tmp_path: Path, eod: bool) -> None:
     assert summary(open_documents([str(tmp_path / "held")], TOKENIZER)) == EXPECTED
     without = open_documents([str(tmp_path / "held")], None, limit=1)
     assert without[0].words is None and without[0].bytes is None
-    Sidecar("00" * 32, "gpt2", 99, None, True, 4, []).write(tmp_path / "held.json")
+    (tmp_path / "held.json").write_text(Sidecar("00" * 32, "gpt2", 99, None, True, 4, []).text())
     with pytest.raises(DataError, match=r"made with another tokenizer \(gpt2\)"):
         open_documents([str(tmp_path / "held")], TOKENIZER)
 
