@@ -112,11 +112,11 @@ class Supervisor:
             )
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
+        if self.share_terminal and number == signal.SIGINT:
+            self.sent.add(number)
+            return  # the terminal has sent it to the whole group, where it may stop a reply and end nothing
         again = self.first_signal is not None and number != signal.SIGUSR1
         self.first_signal = self.first_signal or number
-        if self.share_terminal and number == signal.SIGINT and not again:
-            self.sent.add(number)
-            return  # the terminal has sent it to the whole group
         self._send(signal.SIGKILL if again else signal.Signals(number))
 
     def _send(self, number: signal.Signals) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -227,37 +228,49 @@ def test_a_dialogue_outlives_its_context(folder: Path) -> None:
     assert len(done.stdout.splitlines()) >= 21
 
 
-def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(tmp_path: Path) -> None:
-    """On a real terminal (a pty): Ctrl-C ends the endless reply, the dialogue goes on, Ctrl-D ends it with 0."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(tmp_path: Path, ranks: int) -> None:
+    """On a real terminal (a pty): Ctrl-C ends an endless reply, the dialogue goes on, Ctrl-D ends it with 0."""
     import pty
 
     from tests.generation.folders import save_model, save_tokenizer
 
     save_tokenizer(tmp_path, TEXTS)
     model = save_model(tmp_path, "gpt2", context=4096)
-    model.generation_config.eos_token_id = None
+    model.transformer.wte.weight.data[0] = 0  # the end of the text is never the likeliest token
+    model.save_pretrained(tmp_path)
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "mlm_cli", "generate", str(tmp_path), "--interactive", "--max-new-tokens", "4000"]
+    command = [sys.executable, "-m", "mlm_cli", "generate", str(tmp_path), "--interactive", "--temperature", "0"]
     child = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, close_fds=True
-    )
+        [*command, "--max-new-tokens", "4000", "--nproc", str(ranks)],
+        stdin=follower, stdout=follower, stderr=follower, start_new_session=True, close_fds=True,
+    )  # fmt: skip
     os.close(follower)
     seen = b""
+
+    def read() -> bytes:
+        ready, _, _ = select.select([leader], [], [], 120)
+        assert ready, f"nothing more came after {seen[-300:]!r}"
+        return os.read(leader, 256)
 
     def until(mark: bytes) -> None:
         nonlocal seen
         while mark not in seen:
-            seen += os.read(leader, 4096)
+            seen += read()
         seen = seen[seen.index(mark) + len(mark) :]
 
-    until(b"> ")
-    os.write(leader, b"The quick\n")
-    until(b"quick\r\n")
-    for _ in range(20):
-        seen += os.read(leader, 256)
-    os.killpg(child.pid, signal.SIGINT)
-    until(b"(stopped)")
-    until(b"> ")
-    os.write(leader, b"\x04")
-    assert child.wait(timeout=20) == 0
-    os.close(leader)
+    try:
+        until(b"> ")
+        for _turn in range(2):
+            os.write(leader, b"The quick\n")
+            until(b"quick\r\n")
+            for _ in range(20):
+                seen += read()
+            os.killpg(child.pid, signal.SIGINT)  # what a terminal does
+            until(b"(stopped)")
+            until(b"> ")
+        os.write(leader, b"\x04")
+        assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        os.close(leader)
