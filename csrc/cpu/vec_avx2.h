@@ -5,7 +5,10 @@
 
 #include "types.h"
 
-namespace mlm::avx2 {
+#define MLM_ISA avx2
+#define MLM_LEVEL 1
+
+namespace mlm::MLM_ISA {
 
 struct Full {};
 struct Tail {
@@ -41,7 +44,7 @@ inline float maximum(Floats a) {
 inline Floats reciprocal(Floats a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
 inline Floats round(Floats a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// p * 2^n in two factors, so that results below the normal range are reached without an invalid exponent.
+// p * 2^n in two factors: 2^128 alone has no representation.
 inline Floats scale_by_power(Floats p, Floats n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -50,6 +53,11 @@ inline Floats scale_by_power(Floats p, Floats n) {
   const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
   const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(p.v, a), b)};
+}
+
+// a where x is not below the limit (or NaN), else 0.
+inline Floats zero_below(Floats a, Floats x, float limit) {
+  return {_mm256_and_ps(a.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(limit), _CMP_NLT_UQ))};
 }
 
 inline __m256i tail_mask(Tail t) {
@@ -131,4 +139,4 @@ inline Floats hide(Floats a, const uint8_t* mask, Tail t) {
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-}  // namespace mlm::avx2
+}  // namespace mlm::MLM_ISA

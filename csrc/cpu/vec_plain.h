@@ -3,7 +3,10 @@
 
 #include "types.h"
 
-namespace mlm::plain {
+#define MLM_ISA plain
+#define MLM_LEVEL 0
+
+namespace mlm::MLM_ISA {
 
 struct Full {};
 struct Tail {
@@ -41,12 +44,17 @@ inline Floats reciprocal(Floats a) { return {1.0f / a.v}; }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22.
 inline Floats round(Floats a) { return {(a.v + 12582912.0f) - 12582912.0f}; }
 
-// p * 2^n in two factors, so that results below the normal range are reached without an invalid exponent.
+// p * 2^n in two factors: 2^128 alone has no representation.
 inline Floats scale_by_power(Floats p, Floats n) {
   const LaneBits whole = __builtin_convertvector(n.v, LaneBits);
   const LaneBits half = whole >> 1;
   const LaneBits a = (half + 127) << 23, b = (whole - half + 127) << 23;
   return {p.v * reinterpret_cast<const Lanes&>(a) * reinterpret_cast<const Lanes&>(b)};
+}
+// a where x is not below the limit (or NaN), else 0.
+inline Floats zero_below(Floats a, Floats x, float limit) {
+  const Lanes zero = {};
+  return {x.v < limit ? zero : a.v};
 }
 inline Floats inside(Floats a, Full, float) { return a; }
 inline Floats inside(Floats a, Tail t, float fill) {
@@ -151,4 +159,4 @@ inline Floats hide(Floats a, const uint8_t* mask, Tail t) {
 inline void fence() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-}  // namespace mlm::plain
+}  // namespace mlm::MLM_ISA

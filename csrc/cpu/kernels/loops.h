@@ -15,6 +15,18 @@ MLM_INLINE void columns(int64_t begin, int64_t end, F&& f) {
   if (j < end) f(j, Tail{static_cast<int>(end - j)});
 }
 
+// The same with two independent accumulators in flight: f(column, Full | Tail, Index<which accumulator>).
+template <int N, class F>
+MLM_INLINE void columns2(int64_t begin, int64_t end, F&& f) {
+  int64_t j = begin;
+  for (; j + 2 * N <= end; j += 2 * N) {
+    f(j, Full{}, Index<0>{});
+    f(j + N, Full{}, Index<1>{});
+  }
+  for (; j + N <= end; j += N) f(j, Full{}, Index<0>{});
+  if (j < end) f(j, Tail{static_cast<int>(end - j)}, Index<1>{});
+}
+
 // The same with four independent accumulators in flight: f(column, Full | Tail, Index<which accumulator>).
 template <int N, class F>
 MLM_INLINE void columns4(int64_t begin, int64_t end, F&& f) {
@@ -64,9 +76,11 @@ class Scratch {
 };
 
 // e^x: x = n ln2 + r with |r| <= ln2 / 2 (Cody and Waite), a degree-6 Taylor-like polynomial in r fitted for the interval,
-// then 2^n. Relative error about 1 ulp; 0 below -104, infinity above 88.7, NaN stays NaN.
-MLM_INLINE Floats exp(Floats x) {
-  x = min(Floats::set(89.0f), max(Floats::set(-105.0f), x));
+// then 2^n. Relative error about 1 ulp; infinity above 88.7, NaN stays NaN. 0 below -86.6 (2.5e-38): a masked score is -inf,
+// and a result below the normal range would cost a hundred cycles each.
+MLM_INLINE Floats exp(Floats argument) {
+  constexpr float lowest = -86.6f;
+  const Floats x = min(Floats::set(89.0f), max(Floats::set(lowest), argument));
   const Floats n = round(x * Floats::set(1.44269504f));
   Floats r = fma(n, Floats::set(-0.693145752f), x);
   r = fma(n, Floats::set(-1.42860677e-6f), r);
@@ -75,7 +89,7 @@ MLM_INLINE Floats exp(Floats x) {
   p = fma(p, r, Floats::set(1.6666666e-1f));
   p = fma(p, r, Floats::set(0.5f));
   p = fma(p * r, r, r) + Floats::set(1.0f);
-  return scale_by_power(p, n);
+  return zero_below(scale_by_power(p, n), argument, lowest);
 }
 
 template <class V>
