@@ -37,6 +37,7 @@ from mlm_cli.models.count import count_parameters, flops_per_token
 from mlm_cli.models.gpt import GPT, build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
+from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.engine import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
@@ -55,6 +56,8 @@ def run(recipe: Recipe) -> int:
         MlmError: see DESIGN section 1 for the exit codes.
     """
     env = distributed.init()
+    if env.device.type == "cpu":
+        keep_freed_memory()
     try:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
