@@ -58,19 +58,8 @@ def parquet_segments(chunker: Chunker, number: int, source: Source, start: int) 
                     writer.write_batch(batch)
                 consumed = source.size * done // total
                 last = done == total
-                yield Segment(
-                    number,
-                    "arrow",
-                    str(piece),
-                    0,
-                    0,
-                    done,
-                    consumed,
-                    False,
-                    last,
-                    digest if last else None,
-                    spooled=True,
-                )
+                size, sha256 = piece.stat().st_size, digest if last else None
+                yield Segment(number, "arrow", str(piece), 0, size, done, consumed, False, last, sha256, spooled=True)
             if start >= total:
                 yield Segment(number, "end", source.path, 0, 0, start, source.size, False, True, digest)
     except pa.ArrowInvalid as error:

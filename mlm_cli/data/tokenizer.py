@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -33,7 +34,13 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         DataError: nothing there, or it does not load.
     """
     text = os.fspath(spec)
-    return Tokenizer(read_tokenizer(text), text)
+    collecting = gc.isenabled()
+    gc.disable()  # nothing of the hundred thousand objects made here is garbage
+    try:
+        return Tokenizer(read_tokenizer(text), text)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Tokenizer:

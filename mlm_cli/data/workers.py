@@ -7,6 +7,7 @@ the parent. A worker that dies ends the run with one error; workers end by thems
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -55,6 +56,7 @@ class EncoderPool:
 
     def __enter__(self) -> EncoderPool:
         if self.num_workers > 1:
+            gc.freeze()  # or each worker's collector would walk, and so copy, the whole vocabulary
             # fork shares the loaded tokenizer at once; elsewhere a worker loads its own
             context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             for _ in range(self.num_workers):

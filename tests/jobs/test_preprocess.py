@@ -256,3 +256,9 @@ def test_origins_file_opens_without_loading(tmp_path: Path) -> None:
     records = np.load(tmp_path / "x.origins.npy", mmap_mode="r")
     assert records.shape == (300,) and records.dtype.names == ("source", "line")
     assert records[299]["line"] == 300
+
+
+def test_hub_data_set_without_a_network(tmp_path: Path) -> None:
+    done = command("preprocess", "hf://nobody-here/nothing", "--tokenizer", "bytes", "-o", "x", cwd=tmp_path)
+    assert done.returncode == 3 and "Hub data set `nobody-here/nothing`" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -303,3 +303,32 @@ def test_journal_cut_short_falls_back_to_its_last_whole_line(tmp_path: Path) -> 
     again = PartialRun(str(tmp_path / "x"), {"text": "text_document"}, "uint16", settings)
     assert again.continued and again.position.documents == 5
     again.remove()
+
+
+def test_tables_and_hub_data_sets_continue(
+    tmp_path: Path, stopped_after: Callable[[int, BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources whose position is a row, not a byte."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from mlm_cli.data import hub_text
+
+    rows = [{"id": i, "text": f"row {i} " + "text " * (i % 300)} for i in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
+    monkeypatch.setattr(hub_text, "_rows", lambda path: iter(rows))
+    wanted = [f"{row['text']}|" for row in rows]
+    for number, source in enumerate((str(tmp_path / "a.parquet"), "hf://owner/name:train")):
+        prefix = tmp_path / f"x{number}"
+        stopped_after(1 if number else 4, Stop())
+        with pytest.raises(Stop):
+            preprocess(source, output=prefix, journal_seconds=0.0)
+        stopped_after(10**9, Stop())
+        summary = preprocess(source, output=prefix)
+        assert summary["continued"] is True and summary["documents"] == 3000
+        assert texts(prefix) == wanted
+        straight = tmp_path / f"y{number}"
+        preprocess(source, output=straight)
+        for suffix in FILES:
+            assert Path(f"{prefix}{suffix}").read_bytes() == Path(f"{straight}{suffix}").read_bytes()
+        assert load_sidecar(prefix).sources == load_sidecar(straight).sources
