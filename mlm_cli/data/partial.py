@@ -103,7 +103,7 @@ class PartialRun:
             clear_spool(self.spool)
             self._open()
         except BaseException:
-            os.close(self._lock)
+            _release(self._lock)
             raise
 
     def _found(self, settings: dict[str, Any]) -> Position:
@@ -224,13 +224,13 @@ class PartialRun:
         self._close_files()
         clear_spool(self.spool)
         if keep and self.has_journal:
-            os.close(self._lock)
+            _release(self._lock)
         else:
             self.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        _release(self._lock)
 
 
 def finish_publishing(prefix: str) -> bool:
@@ -245,7 +245,7 @@ def finish_publishing(prefix: str) -> bool:
             _move(folder, json.loads(plan.read_text(encoding="utf-8")))
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(lock)
+        _release(lock)
     return True
 
 
@@ -258,6 +258,24 @@ def _move(folder: Path, moves: list[tuple[str, str]] | list[list[str]]) -> None:
     for (name, _), final in zip(moves, finals, strict=True):
         if (folder / name).exists():
             (folder / name).replace(final)
+
+
+_held: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """In a forked worker: or it would keep the folder locked for a while after its parent was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _release(lock: int) -> None:
+    _held.discard(lock)
+    os.close(lock)
 
 
 def _take_lock(folder: Path) -> int:
@@ -277,6 +295,7 @@ def _take_lock(folder: Path) -> int:
             ) from error
         with contextlib.suppress(OSError):
             if os.stat(folder / "lock").st_ino == os.fstat(lock).st_ino:  # noqa: PTH116 - two of a kind
+                _held.add(lock)
                 return lock
         os.close(lock)  # the run before us finished and took its folder away between our two steps
 

@@ -50,7 +50,8 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        return self.request.workers or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.request.workers or cores or 1
 
     @property
     def resumable(self) -> bool:
