@@ -72,8 +72,8 @@ def _gradients(
 
     query, key, value = (whole(x) for x in qkv.split([num_heads, num_groups, num_groups], 2))
     grad = whole(grad)
-    grads = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
-    for start in range(0, s, _QUERIES):
+    grads = [torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)]
+    for start in reversed(range(0, s, _QUERIES)):  # the last block sees every key, so it fills what others add to
         stop = min(start + _QUERIES, s)
         mask = visible if visible is None else ~visible[:, :, start:stop, :stop]
         _block_gradients(query, key, value, grad, grads, start, stop, mask, b)
@@ -100,8 +100,12 @@ def _block_gradients(
     grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(scores)
     grad_scores = torch.autograd.grad(probs, scores, grad_probs)[0].flatten(0, 1)
     grads[0][:, start:stop] = torch.bmm(grad_scores, key)
-    grads[1][:, :stop] += torch.bmm(grad_scores.transpose(1, 2), query)
-    grads[2][:, :stop] += torch.bmm(probs.detach().flatten(0, 1).transpose(1, 2), grad)
+    factors = (grad_scores, query), (probs.detach().flatten(0, 1), grad)
+    for whole, (left, right) in zip(grads[1:], factors, strict=True):
+        if stop == whole.shape[1]:
+            torch.bmm(left.transpose(1, 2), right, out=whole)
+        else:
+            whole[:, :stop] += torch.bmm(left.transpose(1, 2), right)
 
 
 def attend_blocked(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, visible: Tensor | None, num_heads: int) -> Tensor:

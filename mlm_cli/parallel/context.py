@@ -6,7 +6,7 @@ identity, so one code path serves one laptop core and many GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.parallel.mpu import Mpu
+    from mlm_cli.parallel.shared_memory import SharedMemory
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -30,16 +31,22 @@ class Group:
     size: int = 1
     handle: Any = field(default=None, repr=False, compare=False)
     ranks: tuple[int, ...] = (0,)
+    shared: SharedMemory | None = field(default=None, repr=False, compare=False)  # CPU ranks of one machine
 
     def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce ``tensor`` over the group, in place; returns it."""
         if self.size > 1:
+            if op == "sum" and self.shared is not None and self.shared.takes(tensor):
+                return self.shared.sum_(tensor)
             dist.all_reduce(tensor, op=_OPERATIONS[op], group=self.handle)
         return tensor
 
     def start_all_reduce_(self, tensor: Tensor) -> dist.Work | None:
-        """Begin to sum ``tensor`` over the group in place; ``wait()`` on what comes back before reading it."""
-        return dist.all_reduce(tensor, group=self.handle, async_op=True) if self.size > 1 else None
+        """Begin to sum ``tensor`` over the group in place; ``wait()`` on what comes back (None: it is done already)."""
+        if self.size > 1 and (self.shared is None or not self.shared.takes(tensor)):
+            return dist.all_reduce(tensor, group=self.handle, async_op=True)
+        self.all_reduce_(tensor)
+        return None
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks of the group, in rank order; all must have the same shape."""
@@ -104,7 +111,7 @@ class ParallelContext:
         grid = torch.arange(size).view(pipeline, -1, tensor)
         return ParallelContext(
             world=Group(dist.get_rank(), size, dist.group.WORLD, tuple(range(size))),
-            tensor=_make_groups(grid),
+            tensor=_make_groups(grid, shared=torch.device(device).type == "cpu"),
             data=_make_groups(grid.transpose(1, 2)),
             pipeline=_make_groups(grid.permute(1, 2, 0)),
             device=torch.device(device),
@@ -118,8 +125,10 @@ class ParallelContext:
         return Mpu(self)
 
 
-def _make_groups(grid: Tensor) -> Group:
+def _make_groups(grid: Tensor, *, shared: bool = False) -> Group:
     """Make a process group of every line along the last axis of ``grid``; returns the one this rank is in.
+
+    ``shared``: let it sum through shared memory where all of its ranks are on one machine.
 
     Groups of one rank get a handle too: DeepSpeed reads a missing handle as "the whole world".
     """
@@ -129,4 +138,8 @@ def _make_groups(grid: Tensor) -> Group:
         if me in line:
             mine = Group(line.index(me), len(line), handle, tuple(line))
     assert mine is not None
+    if shared and mine.size > 1:
+        from mlm_cli.parallel.shared_memory import open_shared_memory
+
+        return replace(mine, shared=open_shared_memory(mine.rank, mine.size, mine.handle))
     return mine

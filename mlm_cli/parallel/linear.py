@@ -15,8 +15,8 @@ from torch import Tensor
 from mlm_cli.parallel.context import Group
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad^T x`` of ``grad [t, out]`` and ``x [t, in]``, giving ``[out, in]``.
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``grad^T x`` of ``grad [t, out]`` and ``x [t, in]``, giving ``[out, in]`` (in ``out`` if given).
 
     On the CPU in bfloat16 oneDNN gathers a transposed left factor element by element, which costs more than the
     product. Where one factor is much narrower than the other it pays to transpose that one first.
@@ -24,10 +24,11 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     out_features, in_features = grad.shape[1], x.shape[1]
     if grad.is_cpu and grad.dtype == torch.bfloat16:
         if 2 * in_features <= out_features:
-            return (x.t().contiguous() @ grad).t().contiguous()
+            turned = (x.t().contiguous() @ grad).t()
+            return turned.contiguous() if out is None else out.copy_(turned)
         if 2 * out_features <= in_features:
-            return grad.t().contiguous() @ x
-    return grad.t() @ x
+            return torch.mm(grad.t().contiguous(), x, out=out)
+    return torch.mm(grad.t(), x, out=out)
 
 
 class _Linear(torch.autograd.Function):

@@ -54,11 +54,16 @@ class _Block:
             found.append(ops.cross_entropy_stats(logits[:, cut], self.labels, first, valid))
         return combine_stats(found, self.group)
 
-    def gradients(self, logits: Tensor, lse: Tensor, scale: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
-        """Turn logits into their gradients; write that of the hidden states, add to that of the weight."""
+    def gradients(
+        self, logits: Tensor, lse: Tensor, scale: Tensor, grad_hidden: Tensor, grad_weight: Tensor, add: bool
+    ) -> None:
+        """Turn logits into their gradients; write that of the hidden states, write or add to that of the weight."""
         for cut, first, valid in self.columns():
             ops.cross_entropy_grad_(logits[:, cut], self.labels, lse, scale, first, valid)
-            grad_weight[cut] += weight_gradient(logits[:, cut], self.hidden)
+            if add:
+                grad_weight[cut] += weight_gradient(logits[:, cut], self.hidden)
+            else:
+                weight_gradient(logits[:, cut], self.hidden, out=grad_weight[cut])
         torch.mm(logits, self.weight, out=grad_hidden)
 
 
@@ -90,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Sums over several blocks are kept in float32: bfloat16 would lose the small ones.
         several = step < hidden.shape[0]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if several else weight.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if several else torch.empty_like(weight)
         buffer = weight.new_empty(step, weight.shape[0])
         for rows in _rows(hidden.shape[0], step):
             block, logits = (
@@ -99,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             lse, target = block.fill(logits)
             loss += torch.dot(lse - target, scale[rows])
-            block.gradients(logits, lse, scale[rows], grad_hidden[rows], grad_weight)
+            block.gradients(logits, lse, scale[rows], grad_hidden[rows], grad_weight, add=several)
         group.all_reduce_(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
