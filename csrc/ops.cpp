@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY(mlm, m) {
   m.def(
       "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? model_copy,"
       " float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()");
+  // Sums x over the processes that have `segment` in common, in rank order; zero the segment before its first use.
+  m.def("shared_all_reduce_(Tensor(a!) x, Tensor(b!) segment, int rank, int size, float timeout) -> ()");
   // One token a row through a whole GPT; inference only. weights: word, position, final norm (2), head, then per layer
   // norm1 (2), qkv (2), out (2), norm2 (2), up (2), down (2), each weight and bias, empty where there is none. cache: keys
   // and values per layer, [slots, groups, capacity, dim]. activation: 0 gelu, 1 gelu_erf, 2 swiglu. -> float32 logits

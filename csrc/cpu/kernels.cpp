@@ -24,6 +24,7 @@ namespace {
 #include "kernels/cross_entropy.h"
 #include "kernels/adamw.h"
 #include "kernels/decode.h"
+#include "kernels/sum_parts.h"
 
 template <class T, class V>
 constexpr TypeKernels type_kernels(void (*adamw_kernel)(const AdamW&, int64_t, int64_t)) {
@@ -31,7 +32,7 @@ constexpr TypeKernels type_kernels(void (*adamw_kernel)(const AdamW&, int64_t, i
       norm_forward<T, V>,    norm_backward<T, V>,   softmax_forward<T, V>,     softmax_backward<T, V>,
       gelu_forward<T, V>,    gelu_backward<T, V>,   swiglu_forward<T, V>,      swiglu_backward<T, V>,
       cross_entropy_stats<T, V>, cross_entropy_grad<T, V>, adamw_kernel, widen<T, V>, sum_blocks<T, V>,
-      product<T, V>, decode_attention<T, V>,
+      product<T, V>, decode_attention<T, V>, sum_parts<T, V>,
   };
 }
 

@@ -174,6 +174,7 @@ struct TypeKernels {
   void (*sum_blocks)(const void* from, void* to, int64_t blocks, int64_t width, int64_t begin, int64_t end);  // A -> dtype
   void (*product)(const Product&, int64_t begin, int64_t end);                    // outputs
   void (*decode_attention)(const DecodeAttention&, int64_t begin, int64_t end);   // rows x groups
+  void (*sum_parts)(const void* const* parts, int64_t count, void* to, int64_t length);  // in order, into dtype
 };
 
 struct Kernels {

@@ -12,6 +12,7 @@ registry.load()  # before the modules below, which look at what was loaded
 
 # ruff: noqa: E402
 from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
+from mlm_cli.ops.collective import serves_shared_all_reduce, shared_all_reduce_
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import decode_step, serves_decode_step
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
@@ -32,6 +33,8 @@ __all__ = [
     "scaled_causal_softmax",
     "scaled_masked_softmax",
     "serves_decode_step",
+    "serves_shared_all_reduce",
+    "shared_all_reduce_",
     "status",
     "swiglu",
 ]

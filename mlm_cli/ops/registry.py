@@ -26,8 +26,10 @@ OPERATORS = (
     "cross_entropy",
     "adamw_",
     "decode_step",
+    "shared_all_reduce_",
 )
-CPU_ONLY = ("decode_step",)
+# Operators without a CUDA kernel, and what serves there instead.
+CPU_ONLY = {"decode_step": "the layers run one by one", "shared_all_reduce_": "NCCL"}
 
 cpu_loaded = False
 cuda_loaded = False
@@ -122,5 +124,5 @@ def status() -> list[dict[str, str]]:
     rows = [{"name": name, "backend": backend, "reason": reason} for name in OPERATORS]
     for row in rows:
         if row["name"] in CPU_ONLY and cuda_loaded:
-            row.update(backend="cpu", reason=f"{cpu_reason}; cuda: the layers run one by one")
+            row.update(backend="cpu", reason=f"{cpu_reason}; cuda: {CPU_ONLY[row['name']]}")
     return rows

@@ -59,7 +59,7 @@ def open_shared_memory(rank: int, size: int, handle: Any) -> SharedMemory | None
     if any(offer != offers[0] or not offer[3] for offer in offers):
         return None
     # The first rank makes the file; all open it; then its name goes, so that nothing is left behind by a killed job.
-    path, file = (_make_file() if rank == 0 else (None, None))
+    path, file = _make_file() if rank == 0 else (None, None)
     path = _exchange(path, size, handle)[0]
     if path is not None and file is None:
         file = _open_file(path)

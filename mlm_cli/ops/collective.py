@@ -1,0 +1,24 @@
+"""Sum over the processes of one machine through memory they share; a kernel only, its reference is gloo's all-reduce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlm_cli.ops import registry
+
+
+def serves_shared_all_reduce() -> bool:
+    """True where ``shared_all_reduce_`` has a kernel: beside compiled CPU kernels."""
+    return registry.cpu_loaded
+
+
+def shared_all_reduce_(x: Tensor, segment: Tensor, rank: int, size: int, timeout: float) -> None:
+    """Sum ``x`` over the group in place, parts added in rank order in float32: the same bits on every rank.
+
+    Args:
+        x: contiguous CPU tensor, of the same shape and dtype on every rank.
+        segment: uint8 over memory that all ranks of the group map; zeroed before its first use.
+        timeout: seconds after which a rank that does not come raises RuntimeError.
+    """
+    torch.ops.mlm.shared_all_reduce_.default(x, segment, rank, size, timeout)
