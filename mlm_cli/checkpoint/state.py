@@ -81,6 +81,10 @@ class Position:
     consumed_samples: int
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def after(self, step: int, samples: int, **extra: Any) -> Position:
+        """The position after another ``samples`` samples, with some of ``extra`` changed."""
+        return Position(step, self.consumed_samples + samples, {**self.extra, **extra})
+
 
 def rank_file(rank: int) -> str:
     return f"state/rank-{rank:05d}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from contextlib import closing
 from hashlib import sha256
@@ -38,7 +39,7 @@ from mlm_cli.models.gpt import GPT, build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.training.allocator import keep_freed_memory
-from mlm_cli.training.engine import build_engine, choose_engine
+from mlm_cli.training.engine import Engine, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
@@ -71,6 +72,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: ParallelContext) -> int:
+    """Data, engine, checkpoints, monitor; then the loop."""
     recipe = session.recipe
     if session.found is not None and session.complete:
         step = session.found.manifest.step
@@ -78,36 +80,20 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         session.status.update("finished", step=step, exit_code=0)
         return 0
 
-    # data, checked before anything else is built
+    # data comes first: what is wrong with it is said before anything is built
     data = agree.all_succeed(lambda: _open_data(recipe, tokenizer))
     train_source, valid_source = data["train"], data["valid"]
     assert train_source is not None
     fingerprint = _data_fingerprint(train_source, tokenizer)
     session.check_data(fingerprint)
 
-    # model and engine
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    seed_everything(recipe.seed, parallel)
-    model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
-    kind = choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel)
-    engine = build_engine(
-        kind,
-        model,
-        parallel,
-        optimizer_settings(recipe),
-        dtype=dtype,
-        accumulation=batch.gradient_accumulation_steps,
-        micro_batch_size=batch.micro_batch_size,
-        config_file=session.run.ds_config,
-    )
-
-    # where to begin
+    model, engine, streams = _build_engine(session, batch, parallel, dtype)
     position = Position(0, 0)
     if session.found is not None:
         position = load_state(session.found, engine, streams, parallel)
         log.info(f"resuming {session.run} from {session.found.folder.name}")
 
-    # what is written
     checkpointer = Checkpointer(
         session.run,
         engine,
@@ -117,12 +103,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         identity=Identity(session.recipe_hash, fingerprint),
         keep_last=recipe.checkpoint.keep_last,
     )
-    remaining = recipe.train.steps - position.step
-    checkpointer.check_space(1 + (remaining - 1) // recipe.checkpoint.every if recipe.checkpoint.every else 1)
-    flops = flops_per_token(recipe.model)
-    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops)
-    _say_plan(recipe, batch, parallel, kind, dtype)
-
+    _check_space(checkpointer, recipe, position)
     supply = batches(
         train_source,
         start_sample=position.consumed_samples,
@@ -131,16 +112,11 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         data_size=parallel.data.size,
         num_workers=recipe.data.num_workers,
     )
-    plan = Plan(
-        steps=recipe.train.steps,
-        accumulation=batch.gradient_accumulation_steps,
-        global_batch_size=batch.global_batch_size,
-        checkpoint_every=recipe.checkpoint.every,
-        evaluate_every=recipe.evaluate.every,
-    )
+    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
+    _say_plan(recipe, batch, parallel, engine.name, dtype)
     with closing(monitor), closing(supply):  # type: ignore[type-var]
         position, received = train(
-            plan,
+            _plan(recipe, batch),
             engine,
             supply,
             objective,
@@ -152,6 +128,11 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             monitor=monitor,
             stop=session.stop,
         )
+    return _finish(session, position, received)
+
+
+def _finish(session: Session, position: Position, received: signal.Signals | None) -> int:
+    """Say how it ended; returns the exit code."""
     if received is not None:
         code = exit_code(received)
         session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
@@ -179,6 +160,41 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
     check_slices(model, recipe.parallel.tensor)
     section = recipe.train.model_copy(update={"global_batch_size": batch.global_batch_size})
     return recipe.model_copy(update={"model": model, "train": section})
+
+
+def _build_engine(
+    session: Session, batch: Batch, parallel: ParallelContext, dtype: torch.dtype
+) -> tuple[GPT, Engine, RandomStreams]:
+    recipe = session.recipe
+    seed_everything(recipe.seed, parallel)
+    model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
+    engine = build_engine(
+        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel),
+        model,
+        parallel,
+        optimizer_settings(recipe),
+        dtype=dtype,
+        accumulation=batch.gradient_accumulation_steps,
+        micro_batch_size=batch.micro_batch_size,
+        config_file=session.run.ds_config,
+    )
+    return model, engine, streams
+
+
+def _plan(recipe: Recipe, batch: Batch) -> Plan:
+    return Plan(
+        steps=recipe.train.steps,
+        accumulation=batch.gradient_accumulation_steps,
+        global_batch_size=batch.global_batch_size,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate_every=recipe.evaluate.every,
+    )
+
+
+def _check_space(checkpointer: Checkpointer, recipe: Recipe, position: Position) -> None:
+    """Is there room for the checkpoints to come?"""
+    remaining = recipe.train.steps - position.step
+    checkpointer.check_space(1 + (remaining - 1) // recipe.checkpoint.every if recipe.checkpoint.every else 1)
 
 
 def _open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:

@@ -53,13 +53,10 @@ def train(
     monitor: Monitor,
     stop: StopFlag,
 ) -> tuple[Position, signal.Signals | None]:
-    """Train from ``start`` to ``plan.steps`` or until a stop signal; the last position is always saved.
+    """Train from ``start`` to ``plan.steps`` or a stop signal; the last position is always saved.
 
-    Returns:
-        where training stands, and the signal that stopped it (None: it is finished).
-
-    Raises:
-        NumericsError: a loss or gradient is not finite; the weights are those before the step.
+    Returns where training stands, and the signal that stopped it (None: it is finished). Raises ``NumericsError`` when
+    a loss or gradient is not finite: the weights are those before the step.
     """
     position, tokens = start, int(start.extra.get("tokens", 0))
     for step in range(start.step + 1, plan.steps + 1):
@@ -78,14 +75,12 @@ def train(
             raise bad_loss(step, outcomes, micro_batches, parallel)
 
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
-        lr = schedule(step)
-        grad_norm = engine.step(lr)
+        grad_norm = engine.step(lr := schedule(step))
         if not math.isfinite(grad_norm):
             raise bad_gradient(step, grad_norm, micro_batches)
 
         tokens += report.tokens
-        samples = position.consumed_samples + plan.global_batch_size
-        position = Position(step, samples, {**position.extra, "tokens": tokens})
+        position = position.after(step, plan.global_batch_size, tokens=tokens)
         monitor.end_step(report.tokens)
 
         # validation

@@ -72,6 +72,20 @@ def test_nothing_is_applied_when_the_gradient_is_not_finite() -> None:
         assert math.isfinite(engine.step(0.1))  # the bad gradient is forgotten
 
 
+def test_the_norm_of_large_bfloat16_gradients() -> None:
+    """They are widened piece by piece; a short last piece and an infinity are part of it."""
+    model = torch.nn.Linear(1000, 700, bias=True)
+    engine = PlainEngine(model, ParallelContext.single(), OptimizerSettings(), dtype=torch.bfloat16)
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for spoiled in (False, True):
+        engine.accumulate(lambda module, batch: (module(batch["x"]).float().square().mean(), {}), [{"x": x}])
+        grads = [p.grad for p in model.parameters()]
+        if spoiled:
+            grads[0][-1, -1] = math.inf  # type: ignore[index]
+        expected = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads if grad is not None))
+        assert engine.step(1e-3) == pytest.approx(expected, rel=1e-5)
+
+
 def test_decays_matrices_only() -> None:
     model = make_model()
     decays = {name: SETTINGS.decay_of(p) for name, p in model.named_parameters()}
