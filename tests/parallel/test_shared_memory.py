@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,4 +91,4 @@ def test_one_rank_that_declines_declines_for_all(run_ranks: Any) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("mlm-")]
+    assert not list(Path("/dev/shm").glob("mlm-*"))
