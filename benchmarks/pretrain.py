@@ -22,7 +22,8 @@ from interleave import Worker, interleave, ratio, save
 HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, LENGTH = 6, 384, 256
 CORES = len(os.sched_getaffinity(0))
-OURS = ("mlm", "mlm-again")
+OURS = ("mlm", "mlm-again", "tensor2", "data2")
+LAYOUTS = ("tensor2", "data2")  # ours on two ranks with half of the cores each
 RIVALS = {
     "fp32": ("plain", "compile", "litgpt", "trainer"),
     "bf16": ("plain", "compile", "litgpt", "litgpt-true", "trainer"),
@@ -110,11 +111,12 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--units", type=int, default=5, help="steps a turn")
-    parser.add_argument("--only", nargs="+", help="contenders (mlm always takes part)")
+    parser.add_argument("--layouts", action="store_true", help="also two ranks with half of the cores each")
+    parser.add_argument("--only", nargs="*", help="of the rivals")
     args = parser.parse_args()
     tables = [
         compare(vocab, batch, precision, args.rounds, args.units,
-                [*OURS, *(name for name in RIVALS[precision] if not args.only or name in args.only)])
+                [*(name for name in OURS if args.layouts or name not in LAYOUTS), *(name for name in RIVALS[precision] if args.only is None or name in args.only)])
         for precision in args.precision for vocab in args.vocab for batch in args.batch
     ]  # fmt: skip
     print(f"\nwritten to {save('pretrain', {'tables': tables})}")

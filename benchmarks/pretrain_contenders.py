@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -175,24 +177,67 @@ def trainer(args: argparse.Namespace) -> None:
 
 
 def mlm(args: argparse.Namespace) -> Work:
-    """Ours: the model, engine and objective that `mlm pretrain` builds."""
-    from mlm_cli.config.schema import ModelSection, OptimizerSection
-    from mlm_cli.jobs.pretrain import build_training_step
+    """Ours: model, engine and objective as `mlm pretrain` builds them, on as many ranks as this job has."""
+    from mlm_cli import distributed
+    from mlm_cli.config.schema import ModelSection
+    from mlm_cli.jobs.pretrain import objective
+    from mlm_cli.models.gpt import build_gpt
+    from mlm_cli.parallel.context import ParallelContext
+    from mlm_cli.training.engine import OptimizerSettings, build_engine
 
-    model = ModelSection(
+    env = distributed.init()
+    parallel = ParallelContext.create(tensor=args.tensor, device=env.device)
+    section = ModelSection(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab
     )
-    optimizer = OptimizerSection(lr=LR, betas=BETAS, weight_decay=DECAY)
-    step = build_training_step(model, optimizer, precision=args.precision, clip_grad=CLIP, seed=1)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model = build_gpt(section, parallel, seed=1).train()
+    model.dtype = dtype
+    settings = OptimizerSettings(betas=BETAS, weight_decay=DECAY, clip_grad=CLIP)
+    engine = build_engine(
+        "plain",
+        model,
+        parallel,
+        settings,
+        dtype=dtype,
+        accumulation=1,
+        micro_batch_size=args.batch // parallel.data.size,
+    )
     data = tokens(args.vocab, args.batch)
+    mine = slice(parallel.data.rank, None, parallel.data.size)
 
     def work(steps: int) -> dict[str, Any]:
+        steps = int(parallel.world.broadcast_(torch.tensor(steps)))
         for _ in range(steps):
-            rows = next(data)
-            loss = step([{"tokens": rows[:, :-1], "labels": rows[:, 1:]}])
-        return {"loss": float(loss)}
+            rows = next(data)[mine]
+            (outcome,) = engine.accumulate(objective, [{"tokens": rows[:, :-1], "labels": rows[:, 1:]}])
+            engine.step(LR)
+        return {"loss": float(outcome.loss)}
 
     return work
+
+
+def mlm_ranks(args: argparse.Namespace) -> Work | None:
+    """Two ranks of ours with half of the cores each: this process is rank 0 and starts the other."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    rank = int(os.environ.get("RANK", "0"))
+    if "RANK" not in os.environ:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": "1"}, stdin=subprocess.DEVNULL)
+        os.environ["RANK"] = "0"
+    os.sched_setaffinity(0, cores[rank * half : (rank + 1) * half])
+    torch.set_num_threads(half)
+    work = mlm(args)
+    if rank == 0:
+        return work
+    with contextlib.suppress(RuntimeError):  # rank 0 leaves when its stdin closes
+        while True:
+            work(0)
+    return None
 
 
 def main() -> None:
@@ -202,23 +247,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
+    args.tensor = 2 if args.contender == "tensor2" else 1
     torch.manual_seed(1)
     if args.contender == "trainer":
         trainer(args)
         return
-    makers: dict[str, Callable[[], Work]] = {
+    makers: dict[str, Callable[[], Work | None]] = {
         "mlm": lambda: mlm(args),
         "mlm-again": lambda: mlm(args),
         "plain": lambda: plain(args, compiled=False),
         "compile": lambda: plain(args, compiled=True),
+        "tensor2": lambda: mlm_ranks(args),
+        "data2": lambda: mlm_ranks(args),
         "litgpt": lambda: litgpt(args),
         "litgpt-true": lambda: litgpt(args),
     }
     if args.contender not in makers:
         sys.exit(f"error: no contender `{args.contender}`; there are {', '.join(makers)} and trainer")
     work = makers[args.contender]()
-    work(3)
-    serve(work)
+    if work is not None:
+        work(3)
+        serve(work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sum over the processes of one machine through memory they share; a kernel only, its reference is gloo's all-reduce."""
+"""Sum over the processes of one machine through memory they share; a kernel only, gloo is its reference."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _exchange(value: Any, size: int, handle: Any) -> list[Any]:
 def _boot_id() -> str:
     """Tells machines with equal names apart, and containers that do not share memory."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/ipc")
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/ipc").readlink())
     except OSError:
         return "unknown"
 
