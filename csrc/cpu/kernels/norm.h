@@ -73,7 +73,7 @@ inline const T* residual_row(const NormForward& a, int64_t row, T* kept, typenam
   return a.stream ? kept : total;
 }
 
-// out = (x - mean) rstd weight + bias, as two fused multiply-adds.
+// out = (x - mean) rstd weight + bias. Taking the mean off first keeps a constant row at exactly the bias.
 template <class T, class V, int R, bool kRms>
 MLM_INLINE void norm_output(
     const NormForward& a, const typename V::scalar* const* x, const Moments<V>* moments, int64_t row) {
@@ -81,15 +81,13 @@ MLM_INLINE void norm_output(
   const A* weight = static_cast<const A*>(a.weight);
   const A* bias = static_cast<const A*>(a.bias);
   T* out = static_cast<T*>(a.out) + row * a.width;
-  V shift[R];
-  for (int r = 0; r < R; ++r) shift[r] = V::set(0) - moments[r].mean * moments[r].rstd;
   columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
     const V w = load(weight + j, tag);
     const V b = !kRms && bias ? load(bias + j, tag) : V::set(0);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const V v = load(x[r] + j, tag);
-      const V y = kRms ? v * moments[r].rstd * w : fma(fma(v, moments[r].rstd, shift[r]), w, b);
+      const V y = kRms ? v * moments[r].rstd * w : fma((v - moments[r].mean) * moments[r].rstd, w, b);
       put(out + r * a.width + j, y, tag, a.stream);
     }
   });
@@ -183,13 +181,12 @@ inline void norm_backward_rows(
       s2[r] = fma(gw, kRms ? v : v - mean[r], s2[r]);
     }
   });
-  // d = rstd (g w - mean(g w) - xhat mean(g w xhat)), xhat = x rstd - mean rstd
-  V k1[R], k2[R], shift[R];
+  // d = rstd (g w - mean(g w) - xhat mean(g w xhat)), xhat = (x - mean) rstd
+  V k1[R], k2[R];
   for (int r = 0; r < R; ++r) {
     const A scale = static_cast<const A*>(a.rstd)[row + r];
     k1[r] = V::set(kRms ? A(0) : -scale * sum(s1[r]) / static_cast<A>(w));
     k2[r] = V::set(-scale * scale * sum(s2[r]) / static_cast<A>(w));
-    shift[r] = V::set(0) - mean[r] * rstd[r];
   }
   if (kResidual && dbranch)
     for (int r = 0; r < R; ++r) dropout_multipliers(a.dropout, row + r, 0, w, scratch.multipliers + r * w);
@@ -208,7 +205,7 @@ inline void norm_backward_rows(
         g = load(grad + r * w + j, tag);
         v = load(x + r * w + j, tag);
       }
-      const V xhat = kRms ? v * rstd[r] : fma(v, rstd[r], shift[r]);
+      const V xhat = (kRms ? v : v - mean[r]) * rstd[r];
       dw = fma(g, xhat, dw);
       if (!kRms) db = db + g;
       V d = kRms ? g * wt * rstd[r] : fma(g * wt, rstd[r], k1[r]);
