@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml setup.py
 	touch $@
 
 build: $(STAMP)
-	$(BIN)/python -m mlm_cli.ops.build --force
+	$(BIN)/python -m mlm_cli.ops.build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo mlm_cli/ops/_lib .pytest_cache .ruff_cache .mypy_cache

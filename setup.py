@@ -1,12 +1,23 @@
 """Builds the operators of csrc/ while installing, where torch and a compiler are; all else is in pyproject.toml."""
 
-import runpy
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parent
+COMPILER = Path(__file__).resolve().parent / "mlm_cli" / "ops" / "compiler.py"
+
+
+def load_compiler() -> ModuleType:
+    """The one file that knows how to compile ``csrc/``; the package itself cannot be imported without torch."""
+    spec = importlib.util.spec_from_file_location("mlm_compiler", COMPILER)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["mlm_compiler"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildWithOperators(build_py):
@@ -16,8 +27,11 @@ class BuildWithOperators(build_py):
         super().run()
         if self.editable_mode:
             return  # `make build` puts the libraries beside the sources
-        build = runpy.run_path(str(ROOT / "mlm_cli" / "ops" / "build.py"), run_name="mlm_build")
-        build["build_into"](ROOT / "csrc", Path(self.build_lib) / "mlm_cli" / "ops" / "_lib")
+        compiler = load_compiler()
+        try:
+            compiler.build_cpu(Path(self.build_lib).resolve() / "mlm_cli" / "ops" / "_lib")
+        except compiler.BuildError as failure:
+            compiler.say(f"CPU kernels not built ({failure}); once installed: python -m mlm_cli.ops.build")
 
 
 class PlatformDistribution(Distribution):

@@ -22,7 +22,7 @@ from interleave import Worker, interleave, ratio, save
 HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, LENGTH = 6, 384, 256
 CORES = len(os.sched_getaffinity(0))
-OURS = ("mlm", "mlm-again", "tensor2", "data2")
+OURS = ("mlm", "mlm-again")
 LAYOUTS = ("tensor2", "data2")  # ours on two ranks with half of the cores each
 RIVALS = {
     "fp32": ("plain", "compile", "litgpt", "trainer"),
@@ -69,7 +69,7 @@ def compare(vocab: int, batch: int, precision: str, rounds: int, units: int, nam
     workers = [
         Worker(
             name,
-            [sys.executable if name in OURS or name in ("plain", "compile") else rival_python,
+            [sys.executable if name in (*OURS, *LAYOUTS, "plain", "compile") else rival_python,
              str(HERE / "pretrain_contenders.py"), name, "--vocab", str(vocab), "--batch", str(batch),
              "--precision", precision],
             {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"},
@@ -114,11 +114,12 @@ def main() -> None:
     parser.add_argument("--layouts", action="store_true", help="also two ranks with half of the cores each")
     parser.add_argument("--only", nargs="*", help="of the rivals")
     args = parser.parse_args()
-    tables = [
-        compare(vocab, batch, precision, args.rounds, args.units,
-                [*(name for name in OURS if args.layouts or name not in LAYOUTS), *(name for name in RIVALS[precision] if args.only is None or name in args.only)])
-        for precision in args.precision for vocab in args.vocab for batch in args.batch
-    ]  # fmt: skip
+    tables = []
+    for precision in args.precision:
+        rivals = [name for name in RIVALS[precision] if args.only is None or name in args.only]
+        names = [*OURS, *(LAYOUTS if args.layouts else ()), *rivals]
+        for vocab in args.vocab:
+            tables += [compare(vocab, batch, precision, args.rounds, args.units, names) for batch in args.batch]
     print(f"\nwritten to {save('pretrain', {'tables': tables})}")
 
 
