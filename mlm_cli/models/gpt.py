@@ -13,7 +13,6 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, padded_vocab_size
 from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
-from mlm_cli.models.host_memory import keep_freed_memory
 from mlm_cli.models.info import SequenceInfo, build_info
 from mlm_cli.models.rotary import RotaryTable
 from mlm_cli.models.spec import LayerSpec
@@ -246,8 +245,6 @@ def build_gpt(
         seed: initial weights are a function of it and the parameter's name, whatever the layout.
         init: False leaves weights unfilled (they will be loaded).
     """
-    if parallel.device.type == "cpu":
-        keep_freed_memory()
     gpt = GPT(model, parallel, dtype)
     if init:
         initialize(gpt, parallel, seed)
