@@ -1,7 +1,11 @@
-// CPU operator: one token a row through a whole GPT, from ids to logits. What it saves over the layers run one by one is
-// everything between the matrix products: some two hundred operator calls, and in bfloat16 the packing of weights that
+// CPU operators: one token a row through a whole GPT, from ids to logits. What this saves over the layers run one by one
+// is everything between the matrix products: some two hundred operator calls, and in bfloat16 the packing of weights that
 // a general matrix product does at each call. Activations stay in float32 throughout.
+//
+// `decode_plan` checks every tensor once and writes down where they are; `decode_step` runs from those notes. The plan
+// does not keep the tensors alive: its owner does (mlm_cli/ops/decode.py, the only caller).
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "launch.h"
@@ -9,250 +13,288 @@
 namespace mlm {
 namespace {
 
-constexpr const char* kOp = "decode_step";
+constexpr int64_t kMagic = 0x6d6c6d0d5e9a0001;
 constexpr int kFixed = 5, kPerLayer = 12;
-enum Fixed { kWord, kPosition, kFinalWeight, kFinalBias, kHead };
+enum Fixed { kWord, kPosition, kFinal, kFinalBias, kHead };
 enum PerLayer { kNorm1, kNorm1Bias, kQkv, kQkvBias, kOut, kOutBias, kNorm2, kNorm2Bias, kUp, kUpBias, kDown, kDownBias };
 enum Activations { kGelu = 0, kGeluErf = 1, kSwiglu = 2 };
 
-using Weights = std::vector<Tensor>;
+using Tensors = std::vector<Tensor>;
 
-// What stays the same from layer to layer, and room for one row set of activations.
-struct Step {
-  const TypeKernels& stored;  // of weights and cache
-  const TypeKernels& wide;    // of activations
-  int64_t rows, hidden, heads, groups, dim;
-  const int64_t* positions;
+struct Shape {
+  int64_t heads, groups, dim, vocab_size, activation, rms;
   double eps;
-  bool rms;
-  std::vector<float> x, normed, qkv, mixed, inner, active, weight, bias, mean, rstd;
-
-  Step(const TypeKernels& stored, const TypeKernels& wide) : stored(stored), wide(wide) {}
 };
 
-const void* optional_pointer(const Tensor& t) { return t.numel() ? pointer(t) : nullptr; }
+struct Layer {
+  const void* weights[kPerLayer];  // null where there is none
+  void* keys;
+  void* values;
+};
 
-void norm(Step& s, const Tensor& weight, const Tensor& bias) {
-  s.stored.widen(pointer(weight), s.weight.data(), s.hidden);
-  if (bias.numel()) s.stored.widen(pointer(bias), s.bias.data(), s.hidden);
-  NormForward a{};
-  a.x = s.x.data();
-  a.weight = s.weight.data();
-  a.bias = bias.numel() ? s.bias.data() : nullptr;
-  a.out = s.normed.data();
-  a.mean = s.mean.data();
-  a.rstd = s.rstd.data();
-  a.width = s.hidden;
-  a.eps = s.eps;
-  a.rms = s.rms;
-  s.wide.norm_forward(a, 0, s.rows);
-}
+// Every field has 8 bytes: the plan travels as an int64 tensor, its layers behind it.
+struct Plan {
+  int64_t magic, dtype, element_size, layers, hidden, inner, words, places, slots, capacity;
+  Shape shape;
+  const void* fixed[kFixed];
+  const float* cos;  // [capacity or more, dim / 2], null without rotary positions
+  const float* sin;
 
-// y [rows, outputs] (+)= x [rows, inputs] weight^T + bias
-void multiply(const Step& s, const Tensor& weight, const void* bias, const float* x, float* y, int64_t outputs, bool add) {
-  Product a{};
-  a.weight = pointer(weight);
-  a.bias = bias;
-  a.x = x;
-  a.y = y;
-  a.vectors = s.rows;
-  a.in = weight.size(1);
-  a.out = outputs;
-  a.add = add;
-  constexpr int64_t block = 16;
-  const int64_t grain = 1 + 32768 / (block * a.in);
-  torch::stable::parallel_for(0, (outputs + block - 1) / block, grain, [&](int64_t begin, int64_t end) {
-    s.stored.product(a, begin * block, end * block < outputs ? end * block : outputs);
-  });
-}
+  int64_t qkv_width() const { return (shape.heads + 2 * shape.groups) * shape.dim; }
+  int64_t mixed_width() const { return shape.heads * shape.dim; }
+  int64_t active_width() const { return shape.activation == kSwiglu ? inner / 2 : inner; }
+};
+static_assert(sizeof(Plan) % sizeof(int64_t) == 0 && sizeof(Layer) % sizeof(int64_t) == 0, "written to an int64 tensor");
 
-// Rotates the query and key heads of qkv by each row's position. The sines carry the sign of the rotation.
-void rotate(Step& s, const float* cos, const float* sin) {
-  const int64_t half = s.dim / 2;
-  for (int64_t row = 0; row < s.rows; ++row) {
-    const float* c = cos + s.positions[row] * s.dim;
-    const float* n = sin + s.positions[row] * s.dim;
-    float* head = s.qkv.data() + row * (s.heads + 2 * s.groups) * s.dim;
-    for (int64_t i = 0; i < s.heads + s.groups; ++i, head += s.dim)
-      for (int64_t j = 0; j < half; ++j) {
-        const float a = head[j], b = head[j + half];
-        head[j] = a * c[j] + b * n[j];
-        head[j + half] = b * c[j + half] + a * n[j + half];
-      }
-  }
-}
+// ---------------------------------------------------------------------------------------------------------- the plan
 
-void attend(Step& s, const Tensor& keys, const Tensor& values) {
-  DecodeAttention a{};
-  a.qkv = s.qkv.data();
-  a.keys = pointer(keys);
-  a.values = pointer(values);
-  a.positions = s.positions;
-  a.out = s.mixed.data();
-  a.heads = s.heads;
-  a.groups = s.groups;
-  a.dim = s.dim;
-  a.capacity = keys.size(2);
-  a.scale = 1.0 / std::sqrt(static_cast<double>(s.dim));
-  torch::stable::parallel_for(0, s.rows * s.groups, 1, [&](int64_t begin, int64_t end) {
-    s.stored.decode_attention(a, begin, end);
-  });
-}
-
-void activate(Step& s, int64_t activation, int64_t width) {
-  Activation a{};
-  a.x = s.inner.data();
-  a.out = s.active.data();
-  a.rows = s.rows;
-  a.width = width;
-  if (activation == kSwiglu) return s.wide.swiglu_forward(a, 0, s.rows);
-  if (activation == kGelu) return s.wide.gelu_forward(a, 0, s.rows);
-  for (int64_t i = 0; i < s.rows * width; ++i)
-    s.active[i] = 0.5f * s.inner[i] * (1.0f + std::erf(s.inner[i] * 0.70710678f));
-}
-
-void embed(Step& s, const Tensor& tokens, const Weights& weights) {
-  const int64_t* ids = static_cast<const int64_t*>(pointer(tokens));
-  const auto line = [&](const Tensor& table, int64_t index) {
-    return static_cast<const char*>(pointer(table)) + index * s.hidden * static_cast<int64_t>(table.element_size());
-  };
-  for (int64_t row = 0; row < s.rows; ++row) {
-    MLM_CHECK(ids[row] >= 0 && ids[row] < weights[kWord].size(0), kOp, "token ", ids[row], " is not in the vocabulary");
-    float* x = s.x.data() + row * s.hidden;
-    s.stored.widen(line(weights[kWord], ids[row]), x, s.hidden);
-    if (!weights[kPosition].numel()) continue;
-    MLM_CHECK(s.positions[row] < weights[kPosition].size(0), kOp, "position ", s.positions[row], " is past the context");
-    s.stored.widen(line(weights[kPosition], s.positions[row]), s.weight.data(), s.hidden);
-    for (int64_t j = 0; j < s.hidden; ++j) x[j] += s.weight[j];
-  }
-}
+constexpr const char* kPlan = "decode_plan";
 
 void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& like) {
   MLM_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() &&
                 t.scalar_type() == like.scalar_type(),
-            kOp, "`", name, "` must be packed, [", rows, ", ", columns, "] and ", dtype_name(like.scalar_type()));
+            kPlan, "`", name, "` must be packed, [", rows, ", ", columns, "] and ", dtype_name(like.scalar_type()));
 }
 
 void check_optional(const char* name, const Tensor& t, int64_t size, const Tensor& like) {
-  MLM_CHECK(t.numel() == 0 || (t.numel() == size && t.is_contiguous() && t.scalar_type() == like.scalar_type()), kOp, "`",
-            name, "` must have ", size, " elements of ", dtype_name(like.scalar_type()), " or none, got ", t.numel());
+  MLM_CHECK(t.numel() == 0 || (t.numel() == size && t.is_contiguous() && t.scalar_type() == like.scalar_type()), kPlan,
+            "`", name, "` must have ", size, " elements of ", dtype_name(like.scalar_type()), " or none, got ", t.numel());
 }
 
-void check_layer(const Step& s, const Tensor* w, const Tensor& keys, const Tensor& values, bool swiglu, const Tensor& like) {
-  MLM_CHECK(w[kUp].dim() == 2, kOp, "`up` must be a matrix");
-  const int64_t mixed = s.heads * s.dim, qkv = (s.heads + 2 * s.groups) * s.dim, inner = w[kUp].size(0);
-  check_matrix("qkv", w[kQkv], qkv, s.hidden, like);
-  check_matrix("out", w[kOut], s.hidden, mixed, like);
-  check_matrix("up", w[kUp], inner, s.hidden, like);
-  check_matrix("down", w[kDown], s.hidden, swiglu ? inner / 2 : inner, like);
-  const int64_t sizes[kPerLayer] = {s.hidden, s.hidden, 0, qkv, 0, s.hidden, s.hidden, s.hidden, 0, inner, 0, s.hidden};
-  for (int i = 0; i < kPerLayer; ++i)
-    if (sizes[i]) check_optional("a vector of a layer", w[i], sizes[i], like);
-  MLM_CHECK(w[kNorm1].numel() && w[kNorm2].numel(), kOp, "a norm without a weight");
-  for (const Tensor* cache : {&keys, &values}) {
-    MLM_CHECK(cache->dim() == 4 && cache->is_contiguous() && cache->scalar_type() == like.scalar_type() &&
-                  cache->size(0) >= s.rows && cache->size(1) == s.groups && cache->size(3) == s.dim &&
-                  cache->size(2) == keys.size(2),
-              kOp, "a cache must be packed [slots, ", s.groups, ", capacity, ", s.dim, "] with ", s.rows, " slots or more");
-    for (int64_t row = 0; row < s.rows; ++row)
-      MLM_CHECK(s.positions[row] >= 0 && s.positions[row] < cache->size(2), kOp, "position ", s.positions[row],
-                " in a cache of ", cache->size(2));
+void check_layer(const Plan& p, const Tensor* w, const Tensor& like) {
+  check_matrix("qkv", w[kQkv], p.qkv_width(), p.hidden, like);
+  check_matrix("out", w[kOut], p.hidden, p.mixed_width(), like);
+  check_matrix("up", w[kUp], p.inner, p.hidden, like);
+  check_matrix("down", w[kDown], p.hidden, p.active_width(), like);
+  MLM_CHECK(w[kNorm1].numel() && w[kNorm2].numel(), kPlan, "a norm without a weight");
+  for (int i : {kNorm1, kNorm1Bias, kOutBias, kNorm2, kNorm2Bias, kDownBias})
+    check_optional("a vector of a layer", w[i], p.hidden, like);
+  check_optional("qkv bias", w[kQkvBias], p.qkv_width(), like);
+  check_optional("up bias", w[kUpBias], p.inner, like);
+}
+
+void check_cache(const Plan& p, const Tensor& cache, const Tensor& like) {
+  MLM_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.scalar_type() == like.scalar_type() &&
+                cache.size(0) == p.slots && cache.size(1) == p.shape.groups && cache.size(2) == p.capacity &&
+                cache.size(3) == p.shape.dim,
+            kPlan, "a cache must be packed [", p.slots, ", ", p.shape.groups, ", ", p.capacity, ", ", p.shape.dim, "]");
+}
+
+void check_rotary(const Plan& p, const MaybeTensor& cos, const MaybeTensor& sin) {
+  MLM_CHECK(!cos == !sin, kPlan, "`cos` and `sin` come together");
+  for (const MaybeTensor* table : {&cos, &sin}) {
+    if (!*table) continue;
+    const Tensor& t = **table;
+    MLM_CHECK(p.shape.dim % 2 == 0 && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 2 &&
+                  t.size(0) >= p.capacity && t.size(1) == p.shape.dim / 2,
+              kPlan, "`cos` and `sin` must be packed float32 [", p.capacity, " or more, ", p.shape.dim / 2, "]");
   }
 }
 
-void run_layer(Step& s, const Tensor* w, const Tensor& keys, const Tensor& values, const float* cos, const float* sin,
-               int64_t activation) {
-  norm(s, w[kNorm1], w[kNorm1Bias]);
-  multiply(s, w[kQkv], optional_pointer(w[kQkvBias]), s.normed.data(), s.qkv.data(), w[kQkv].size(0), false);
-  if (cos) rotate(s, cos, sin);
-  attend(s, keys, values);
-  multiply(s, w[kOut], optional_pointer(w[kOutBias]), s.mixed.data(), s.x.data(), s.hidden, true);
-  norm(s, w[kNorm2], w[kNorm2Bias]);
-  const int64_t inner = w[kUp].size(0);
-  multiply(s, w[kUp], optional_pointer(w[kUpBias]), s.normed.data(), s.inner.data(), inner, false);
-  activate(s, activation, activation == kSwiglu ? inner / 2 : inner);
-  multiply(s, w[kDown], optional_pointer(w[kDownBias]), s.active.data(), s.x.data(), s.hidden, true);
+Plan measure(const Tensors& weights, const Tensors& cache, const Shape& shape) {
+  const int64_t count = static_cast<int64_t>(weights.size()), layers = (count - kFixed) / kPerLayer;
+  MLM_CHECK(layers > 0 && count == kFixed + kPerLayer * layers && static_cast<int64_t>(cache.size()) == 2 * layers, kPlan,
+            count, " weights and ", cache.size(), " caches");
+  MLM_CHECK(shape.heads > 0 && shape.groups > 0 && shape.dim > 0 && shape.heads % shape.groups == 0, kPlan, shape.heads,
+            " heads in ", shape.groups, " groups");
+  const Tensor &word = weights[kWord], &up = weights[kFixed + kUp];
+  check_floating(kPlan, "word embedding", word);
+  MLM_CHECK(word.scalar_type() != ScalarType::Double, kPlan, "float64 is not served");
+  MLM_CHECK(word.dim() == 2 && up.dim() == 2 && cache[0].dim() == 4, kPlan, "embedding, `up` or cache of another kind");
+  Plan p{};
+  p.magic = kMagic;
+  p.dtype = dtype_index(word.scalar_type());
+  p.element_size = static_cast<int64_t>(word.element_size());
+  p.layers = layers;
+  p.hidden = word.size(1);
+  p.inner = up.size(0);
+  p.words = word.size(0);
+  p.places = weights[kPosition].numel() / p.hidden;
+  p.slots = cache[0].size(0);
+  p.capacity = cache[0].size(2);
+  p.shape = shape;
+  return p;
 }
 
-struct Shape {
-  int64_t heads, groups, dim, vocab_size, activation;
-  bool rms;
-  double eps;
+const void* optional_pointer(const Tensor& t) { return t.numel() ? pointer(t) : nullptr; }
+
+Tensor decode_plan(Tensors weights, Tensors cache, MaybeTensor cos, MaybeTensor sin, int64_t heads, int64_t groups,
+                   int64_t dim, int64_t vocab_size, int64_t activation, bool rms, double eps) {
+  Plan p = measure(weights, cache, {heads, groups, dim, vocab_size, activation, rms, eps});
+  const Tensor& word = weights[kWord];
+  check_matrix("word embedding", word, p.words, p.hidden, word);
+  if (p.places) check_matrix("position embedding", weights[kPosition], p.places, p.hidden, word);
+  MLM_CHECK(weights[kFinal].numel(), kPlan, "the final norm has no weight");
+  check_optional("final norm", weights[kFinal], p.hidden, word);
+  check_optional("final norm bias", weights[kFinalBias], p.hidden, word);
+  check_matrix("head", weights[kHead], p.words, p.hidden, word);
+  MLM_CHECK(vocab_size > 0 && vocab_size <= p.words, kPlan, "a vocabulary of ", vocab_size, " in ", p.words, " rows");
+  check_rotary(p, cos, sin);
+  p.cos = static_cast<const float*>(pointer(cos));
+  p.sin = static_cast<const float*>(pointer(sin));
+  for (int i = 0; i < kFixed; ++i) p.fixed[i] = optional_pointer(weights[i]);
+  std::vector<Layer> notes(p.layers);
+  for (int64_t i = 0; i < p.layers; ++i) {
+    const Tensor* w = &weights[kFixed + kPerLayer * i];
+    check_layer(p, w, word);
+    for (int j = 0; j < kPerLayer; ++j) notes[i].weights[j] = optional_pointer(w[j]);
+    for (int j : {0, 1}) check_cache(p, cache[2 * i + j], word);
+    notes[i].keys = pointer(cache[2 * i]);
+    notes[i].values = pointer(cache[2 * i + 1]);
+  }
+  const int64_t bytes = static_cast<int64_t>(sizeof(Plan) + notes.size() * sizeof(Layer));
+  Tensor plan = new_tensor({bytes / static_cast<int64_t>(sizeof(int64_t))}, ScalarType::Long, word);
+  std::memcpy(pointer(plan), &p, sizeof(Plan));
+  std::memcpy(static_cast<char*>(pointer(plan)) + sizeof(Plan), notes.data(), notes.size() * sizeof(Layer));
+  return plan;
+}
+
+// ---------------------------------------------------------------------------------------------------------- the step
+
+constexpr const char* kStep = "decode_step";
+
+struct Step {
+  const Plan& p;
+  const TypeKernels& stored;  // of weights and cache
+  const TypeKernels& wide;    // of activations
+  int64_t rows;
+  const int64_t* positions;
+  std::vector<float> x, normed, qkv, mixed, inner, active, weight, bias, mean, rstd;
+
+  Step(const Plan& p, int64_t rows, const int64_t* positions)
+      : p(p), stored(mlm::active().types[p.dtype]), wide(mlm::active().types[kFloat]), rows(rows), positions(positions),
+        x(rows * p.hidden), normed(rows * p.hidden), qkv(rows * p.qkv_width()), mixed(rows * p.mixed_width()),
+        inner(rows * p.inner), active(rows * p.active_width()), weight(p.hidden), bias(p.hidden), mean(rows), rstd(rows) {}
 };
 
-void check_inputs(const Tensor& tokens, const Tensor& positions, const Weights& weights, const Weights& cache,
-                  const Shape& shape) {
-  const int64_t count = static_cast<int64_t>(weights.size()), layers = (count - kFixed) / kPerLayer;
-  MLM_CHECK(layers > 0 && count == kFixed + kPerLayer * layers && static_cast<int64_t>(cache.size()) == 2 * layers, kOp,
-            count, " weights and ", cache.size(), " caches");
-  const Tensor& word = weights[kWord];
-  check_floating(kOp, "word embedding", word);
-  MLM_CHECK(word.scalar_type() != ScalarType::Double && word.dim() == 2, kOp, "the word embedding must be a matrix, not float64");
+// x -> normed
+void norm(Step& s, const void* weight, const void* bias) {
+  s.stored.widen(weight, s.weight.data(), s.p.hidden);
+  if (bias) s.stored.widen(bias, s.bias.data(), s.p.hidden);
+  NormForward a{};
+  a.x = s.x.data();
+  a.weight = s.weight.data();
+  a.bias = bias ? s.bias.data() : nullptr;
+  a.out = s.normed.data();
+  a.mean = s.mean.data();
+  a.rstd = s.rstd.data();
+  a.width = s.p.hidden;
+  a.eps = s.p.shape.eps;
+  a.rms = s.p.shape.rms;
+  s.wide.norm_forward(a, 0, s.rows);
+}
+
+// y [rows, out] (+)= x [rows, in] weight^T + bias
+void multiply(const Step& s, const void* weight, const void* bias, const float* x, int64_t in, float* y, int64_t out, bool add) {
+  Product a{};
+  a.weight = weight;
+  a.bias = bias;
+  a.x = x;
+  a.y = y;
+  a.vectors = s.rows;
+  a.in = in;
+  a.out = out;
+  a.add = add;
+  constexpr int64_t block = 16;
+  torch::stable::parallel_for(0, (out + block - 1) / block, 1 + 32768 / (block * in), [&](int64_t begin, int64_t end) {
+    s.stored.product(a, begin * block, end * block < out ? end * block : out);
+  });
+}
+
+// Rotates the query and key heads of qkv by each row's position.
+void rotate(Step& s) {
+  const int64_t dim = s.p.shape.dim, half = dim / 2;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const float* cos = s.p.cos + s.positions[row] * half;
+    const float* sin = s.p.sin + s.positions[row] * half;
+    float* head = s.qkv.data() + row * s.p.qkv_width();
+    for (int64_t i = 0; i < s.p.shape.heads + s.p.shape.groups; ++i, head += dim)
+      for (int64_t j = 0; j < half; ++j) {
+        const float first = head[j], second = head[j + half];
+        head[j] = first * cos[j] - second * sin[j];
+        head[j + half] = second * cos[j] + first * sin[j];
+      }
+  }
+}
+
+void attend(Step& s, const Layer& layer) {
+  DecodeAttention a{};
+  a.qkv = s.qkv.data();
+  a.keys = layer.keys;
+  a.values = layer.values;
+  a.positions = s.positions;
+  a.out = s.mixed.data();
+  a.heads = s.p.shape.heads;
+  a.groups = s.p.shape.groups;
+  a.dim = s.p.shape.dim;
+  a.capacity = s.p.capacity;
+  a.scale = 1.0 / std::sqrt(static_cast<double>(a.dim));
+  torch::stable::parallel_for(0, s.rows * a.groups, 1, [&](int64_t begin, int64_t end) {
+    s.stored.decode_attention(a, begin, end);
+  });
+}
+
+void activate(Step& s) {
+  Activation a{};
+  a.x = s.inner.data();
+  a.out = s.active.data();
+  a.rows = s.rows;
+  a.width = s.p.active_width();
+  if (s.p.shape.activation == kSwiglu) return s.wide.swiglu_forward(a, 0, s.rows);
+  if (s.p.shape.activation == kGelu) return s.wide.gelu_forward(a, 0, s.rows);
+  for (size_t i = 0; i < s.active.size(); ++i) s.active[i] = 0.5f * s.inner[i] * (1.0f + std::erf(s.inner[i] * 0.70710678f));
+}
+
+void embed(Step& s, const int64_t* tokens) {
+  const auto line = [&](Fixed table, int64_t index) {
+    return static_cast<const char*>(s.p.fixed[table]) + index * s.p.hidden * s.p.element_size;
+  };
+  for (int64_t row = 0; row < s.rows; ++row) {
+    float* x = s.x.data() + row * s.p.hidden;
+    s.stored.widen(line(kWord, tokens[row]), x, s.p.hidden);
+    if (!s.p.places) continue;
+    s.stored.widen(line(kPosition, s.positions[row]), s.weight.data(), s.p.hidden);
+    for (int64_t j = 0; j < s.p.hidden; ++j) x[j] += s.weight[j];
+  }
+}
+
+void run_layer(Step& s, const Layer& layer) {
+  const void* const* w = layer.weights;
+  norm(s, w[kNorm1], w[kNorm1Bias]);
+  multiply(s, w[kQkv], w[kQkvBias], s.normed.data(), s.p.hidden, s.qkv.data(), s.p.qkv_width(), false);
+  if (s.p.cos) rotate(s);
+  attend(s, layer);
+  multiply(s, w[kOut], w[kOutBias], s.mixed.data(), s.p.mixed_width(), s.x.data(), s.p.hidden, true);
+  norm(s, w[kNorm2], w[kNorm2Bias]);
+  multiply(s, w[kUp], w[kUpBias], s.normed.data(), s.p.hidden, s.inner.data(), s.p.inner, false);
+  activate(s);
+  multiply(s, w[kDown], w[kDownBias], s.active.data(), s.p.active_width(), s.x.data(), s.p.hidden, true);
+}
+
+Tensor decode_step(Tensor plan, Tensor tokens, Tensor positions) {
+  const int64_t words = static_cast<int64_t>(sizeof(Plan) / sizeof(int64_t));
+  MLM_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && plan.numel() >= words, kStep, "no plan");
+  const Plan& p = *static_cast<const Plan*>(pointer(plan));
+  MLM_CHECK(p.magic == kMagic, kStep, "not a plan that `decode_plan` made");
   for (const Tensor* ids : {&tokens, &positions})
     MLM_CHECK(ids->dim() == 1 && ids->scalar_type() == ScalarType::Long && ids->is_contiguous() && same_sizes(*ids, tokens),
-              kOp, "`tokens` and `positions` must be packed int64 of one size");
-  MLM_CHECK(shape.heads > 0 && shape.groups > 0 && shape.dim > 0 && shape.heads % shape.groups == 0, kOp, shape.heads,
-            " heads in ", shape.groups, " groups");
-  const int64_t hidden = word.size(1);
-  check_matrix("word embedding", word, word.size(0), hidden, word);
-  check_matrix("head", weights[kHead], weights[kHead].size(0), hidden, word);
-  MLM_CHECK(shape.vocab_size <= weights[kHead].size(0) && shape.vocab_size <= word.size(0), kOp, "a vocabulary of ",
-            shape.vocab_size);
-  if (weights[kPosition].numel())
-    check_matrix("position embedding", weights[kPosition], weights[kPosition].size(0), hidden, word);
-  MLM_CHECK(weights[kFinalWeight].numel() == hidden, kOp, "the final norm must have ", hidden, " weights");
-  check_optional("final norm", weights[kFinalWeight], hidden, word);
-  check_optional("final norm bias", weights[kFinalBias], hidden, word);
-}
-
-void check_rotary(const MaybeTensor& cos, const MaybeTensor& sin, int64_t capacity, int64_t dim) {
-  MLM_CHECK(!cos == !sin, kOp, "`cos` and `sin` come together");
-  for (const MaybeTensor* table : {&cos, &sin})
-    MLM_CHECK(!*table || ((*table)->scalar_type() == ScalarType::Float && (*table)->is_contiguous() && (*table)->dim() == 2 &&
-                          (*table)->size(0) >= capacity && (*table)->size(1) == dim && dim % 2 == 0),
-              kOp, "`cos` and `sin` must be packed float32 [", capacity, " or more, ", dim, "]");
-}
-
-// Room for the activations of one layer. Only the largest layer counts.
-void make_room(Step& s, int64_t widest) {
-  for (auto* row : {&s.x, &s.normed}) row->resize(s.rows * s.hidden);
-  s.qkv.resize(s.rows * (s.heads + 2 * s.groups) * s.dim);
-  s.mixed.resize(s.rows * s.heads * s.dim);
-  for (auto* row : {&s.inner, &s.active}) row->resize(s.rows * widest);
-  for (auto* row : {&s.weight, &s.bias}) row->resize(s.hidden);
-  for (auto* row : {&s.mean, &s.rstd}) row->resize(s.rows);
-}
-
-Tensor decode_step(Tensor tokens, Tensor positions, Weights weights, Weights cache, MaybeTensor cos, MaybeTensor sin,
-                   int64_t heads, int64_t groups, int64_t dim, int64_t vocab_size, int64_t activation, bool rms, double eps) {
-  check_inputs(tokens, positions, weights, cache, {heads, groups, dim, vocab_size, activation, rms, eps});
-  const Tensor& word = weights[kWord];
-  Step s(kernels_for(word), active().types[kFloat]);
-  s.rows = tokens.numel();
-  s.hidden = word.size(1);
-  s.heads = heads;
-  s.groups = groups;
-  s.dim = dim;
-  s.positions = static_cast<const int64_t*>(pointer(positions));
-  s.eps = eps;
-  s.rms = rms;
-  int64_t widest = 0, capacity = 0;
-  for (size_t layer = 0; layer < cache.size() / 2; ++layer) {
-    const Tensor* w = &weights[kFixed + kPerLayer * layer];
-    check_layer(s, w, cache[2 * layer], cache[2 * layer + 1], activation == kSwiglu, word);
-    widest = w[kUp].size(0) > widest ? w[kUp].size(0) : widest;
-    capacity = cache[2 * layer].size(2) > capacity ? cache[2 * layer].size(2) : capacity;
+              kStep, "`tokens` and `positions` must be packed int64 of one size");
+  const int64_t rows = tokens.numel();
+  const int64_t* ids = static_cast<const int64_t*>(pointer(tokens));
+  Step s(p, rows, static_cast<const int64_t*>(pointer(positions)));
+  MLM_CHECK(rows <= p.slots, kStep, rows, " rows in ", p.slots, " slots");
+  for (int64_t row = 0; row < rows; ++row) {
+    MLM_CHECK(ids[row] >= 0 && ids[row] < p.shape.vocab_size, kStep, "token ", ids[row], " is not in the vocabulary");
+    MLM_CHECK(s.positions[row] >= 0 && s.positions[row] < p.capacity && (!p.places || s.positions[row] < p.places), kStep,
+              "position ", s.positions[row], " is past the context");
   }
-  check_rotary(cos, sin, capacity, dim);
-  make_room(s, widest);
-
-  embed(s, tokens, weights);
-  for (size_t layer = 0; layer < cache.size() / 2; ++layer)
-    run_layer(s, &weights[kFixed + kPerLayer * layer], cache[2 * layer], cache[2 * layer + 1],
-              static_cast<const float*>(pointer(cos)), static_cast<const float*>(pointer(sin)), activation);
-  norm(s, weights[kFinalWeight], weights[kFinalBias]);
-  Tensor logits = new_tensor({s.rows, vocab_size}, ScalarType::Float, word);
-  multiply(s, weights[kHead], nullptr, s.normed.data(), static_cast<float*>(pointer(logits)), vocab_size, false);
+  embed(s, ids);
+  const Layer* layers = reinterpret_cast<const Layer*>(&p + 1);
+  for (int64_t i = 0; i < p.layers; ++i) run_layer(s, layers[i]);
+  norm(s, p.fixed[kFinal], p.fixed[kFinalBias]);
+  Tensor logits = new_tensor({rows, p.shape.vocab_size}, ScalarType::Float, plan);
+  float* out = static_cast<float*>(pointer(logits));
+  multiply(s, p.fixed[kHead], nullptr, s.normed.data(), p.hidden, out, p.shape.vocab_size, false);
   return logits;
 }
 
@@ -260,5 +302,6 @@ Tensor decode_step(Tensor tokens, Tensor positions, Weights weights, Weights cac
 }  // namespace mlm
 
 STABLE_TORCH_LIBRARY_IMPL(mlm, CPU, m) {
+  m.impl("decode_plan", TORCH_BOX(&mlm::decode_plan));
   m.impl("decode_step", TORCH_BOX(&mlm::decode_step));
 }

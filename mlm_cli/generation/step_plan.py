@@ -28,13 +28,15 @@ _KNOWN = {
 
 
 class StepPlan:
-    """Runs one decoding step of ``model`` through ``ops.decode_step``. Made by ``of``."""
+    """Runs one decoding step of ``model`` through ``ops.DecodeStep``. Made by ``of``."""
 
     def __init__(self, model: GPT, max_length: int) -> None:
         config, block = model.config, model.layers[0]
         assert isinstance(block, Block)
         first = block.attention
         self._weights = _weights(model)
+        self._step: ops.DecodeStep | None = None
+        self._cache: list[Tensor] = []
         self._rotary: tuple[Tensor, Tensor] | None = None
         if model._rotary is not None:
             cos, sin = model._rotary.at(torch.arange(max_length), torch.float32)
@@ -64,7 +66,10 @@ class StepPlan:
 
     def logits(self, tokens: Tensor, slots: Slots) -> Tensor:
         """After ``slots.begin_step()``: tokens [b] -> float32 logits [b, vocab_size]; keys and values are stored."""
-        return ops.decode_step(tokens, slots.positions, self._weights, slots.tensors, self._rotary, **self._shape)
+        if self._step is None or self._cache is not slots.tensors:  # the cache has grown
+            self._cache = slots.tensors
+            self._step = ops.DecodeStep(self._weights, self._cache, self._rotary, **self._shape)
+        return self._step(tokens, slots.positions)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -14,19 +14,19 @@ registry.load()  # before the modules below, which look at what was loaded
 from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
 from mlm_cli.ops.collective import serves_shared_all_reduce, shared_all_reduce_
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
-from mlm_cli.ops.decode import decode_step, serves_decode_step
+from mlm_cli.ops.decode import DecodeStep, serves_decode_step
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
 from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax
 
 __all__ = [
+    "DecodeStep",
     "adamw_",
     "bias_gelu",
     "bias_gelu_erf",
     "cross_entropy_grad_",
     "cross_entropy_stats",
-    "decode_step",
     "layer_norm",
     "residual_norm",
     "rms_norm",

@@ -253,9 +253,6 @@ adamw_ = _ops.adamw_.default
 # --- decoding
 
 
-@_fake("mlm::decode_step")
-def _(
-    tokens: Tensor, positions: Tensor, weights: list[Tensor], cache: list[Tensor], cos: Maybe, sin: Maybe, heads: int,
-    groups: int, dim: int, vocab_size: int, activation: int, rms: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    return weights[0].new_empty((tokens.shape[0], vocab_size), dtype=torch.float32)
+@_fake("mlm::decode_plan")
+def _(weights: list[Tensor], *_: Any) -> Tensor:
+    raise NotImplementedError("a decoding plan holds addresses: tensors without memory have none")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.errors import UsageError
@@ -15,9 +17,27 @@ from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import TextStream
 from mlm_cli.parallel.context import ParallelContext
-from tests.generation.conftest import Pair
+from tests.generation.folders import save_folder
 
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 20,
+    "naïve café — 東京 🙂 " * 40,
+    "def f(x):\n    return x\n" * 30,
+]
 PROMPTS = [[5, 9, 200, 31], [17], list(range(40, 70)), [300, 2, 2, 300, 2], [399], list(range(100, 113)), [8, 8, 8]]
+
+
+class Pair(NamedTuple):
+    """A model folder and the same model in `transformers`."""
+
+    folder: Path
+    model: transformers.PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp(request.param)
+    return Pair(folder, save_folder(folder, request.param, TEXTS))
 
 
 class Numbers(TextStream):
@@ -41,7 +61,7 @@ def answers(model: Any, prompts: list[EncodedPrompt], slots: int = 1, **settings
     return list(generator.answers(prompts))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(pair: Pair) -> Any:
     return load_model_folder(pair.folder, ParallelContext.single())[0].eval()
 

@@ -13,7 +13,8 @@ import torch
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.step_plan import StepPlan
+from mlm_cli.generation.slots import Slots
+from mlm_cli.generation.step_plan import StepPlan, _weights
 from mlm_cli.models.gpt import GPT, build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
@@ -72,8 +73,13 @@ def test_half_precision_is_no_further_from_the_truth_than_the_layers(name: str, 
 
 def test_the_step_is_used_and_rows_beyond_its_reach_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = ops.decode_step
-    monkeypatch.setattr(ops, "decode_step", lambda tokens, *a, **k: calls.append(len(tokens)) or real(tokens, *a, **k))
+    real = StepPlan.logits
+
+    def counted(plan: StepPlan, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
+        calls.append(len(tokens))
+        return real(plan, tokens, slots)
+
+    monkeypatch.setattr(StepPlan, "logits", counted)
     grow(Decoder(make("gpt2", torch.float32), 20), 3, 2)
     grow(Decoder(make("gpt2", torch.float32), 20), 17, 1)
     assert calls == [3, 3]
@@ -90,6 +96,30 @@ def test_a_model_with_anything_unknown_keeps_its_own_layers() -> None:
     model = make("gpt2", torch.float32)
     model.layers[1].register_forward_hook(lambda *_: None)
     assert StepPlan.of(model, 64) is None
+
+
+def test_tensors_that_do_not_fit_are_refused_in_words() -> None:
+    sizes: dict[str, Any] = {"heads": 4, "groups": 4, "dim": 12, "vocab_size": 300}
+    sizes |= {"activation": "gelu", "rms": False, "eps": 1e-5}
+    model = make("gpt2", torch.float32)
+    weights, cache = _weights(model), Slots(model, 2, 64).tensors
+    ops.DecodeStep(weights, cache, None, **sizes)
+    for place, wrong, words in (
+        (0, weights[0].to(torch.bfloat16), "must be"),
+        (5, torch.empty(0), "a norm without a weight"),
+        (7, weights[7].t().contiguous().t(), "`qkv` must be packed"),
+        (8, torch.ones(3), "`qkv bias` must have 144 elements"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ops.DecodeStep([*weights[:place], wrong, *weights[place + 1 :]], cache, None, **sizes)
+    with pytest.raises(RuntimeError, match="28 weights and 4 caches"):
+        ops.DecodeStep(weights[:-1], cache, None, **sizes)
+    with pytest.raises(RuntimeError, match="a cache must be packed"):
+        ops.DecodeStep(weights, [*cache[:3], cache[3][:1]], None, **sizes)
+    with pytest.raises(RuntimeError, match="must be packed float32"):
+        ops.DecodeStep(weights, cache, (torch.ones(64, 12), torch.ones(64, 12)), **sizes)
+    with pytest.raises(RuntimeError, match="not a plan"):
+        torch.ops.mlm.decode_step(torch.zeros(500, dtype=torch.int64), torch.tensor([1]), torch.tensor([0]))
 
 
 def test_bad_input_is_refused_in_words() -> None:
