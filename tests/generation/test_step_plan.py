@@ -143,14 +143,13 @@ for name in ("odd", "gpt2"):
     model = make(name, torch.float32)
     fused, plain = grow(Decoder(model, 3), 3, 2), grow(Decoder(model, 3, fused=False), 3, 2)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-5)
-from mlm_cli.ops.registry import cpu_capability
-print(cpu_capability())
+print(torch.ops.mlm.cpu_level())
 """
 
 
-@pytest.mark.parametrize(("isa", "name"), [("avx2", "AVX2"), ("plain", "plain")])
-def test_lower_instruction_sets_agree(isa: str, name: str) -> None:
+@pytest.mark.parametrize(("isa", "level"), [("avx2", 1), ("plain", 0)])
+def test_lower_instruction_sets_agree(isa: str, level: int) -> None:
     env = {**os.environ, "MLM_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", _OTHER_ISA], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (name, "plain")  # a processor may have less than was asked for
+    assert int(done.stdout) <= level  # a processor may have less than was asked for
