@@ -41,7 +41,7 @@ def finetune(
 
     The recipe names the model (`init_from`), the files and columns (`task`), and everything `mlm pretrain` takes.
 
-    \\b
+    \b
     Examples:
       mlm finetune finetune/sst2 init_from=runs/gpt task.train=train.tsv task.dev=dev.tsv -o runs/sst2
       mlm finetune my.yaml optimizer.lr=3e-5 task.epochs=2

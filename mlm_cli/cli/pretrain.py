@@ -42,7 +42,7 @@ def pretrain(
     RECIPE is a file, a run folder or a built-in name (`mlm recipe ls`). Every setting is a recipe key; KEY=VALUE
     changes one, such as train.steps=100. Giving the same command again resumes from the latest checkpoint.
 
-    \\b
+    \b
     Examples:
       mlm pretrain debug/gpt data.path=data/book --output runs/first
       mlm pretrain gpt/355m tokenizer=tok data.path=data/wiki --nproc 8

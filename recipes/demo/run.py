@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "demo"
 MLM = Path(sys.executable).parent / "mlm"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
-HELD_OUT_SHARE = 0.04
+HELD_OUT_SHARE = 0.02
 PROMPT = "def read_lines(path):\n"
 
 
