@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from mlm_cli.data.compressed import unpacked
 from mlm_cli.data.sources import Source
 from mlm_cli.errors import DataError
 
@@ -120,7 +121,7 @@ class Chunker:
     def open(self, source: Source) -> tuple[HashingFile, Any]:
         """(stored bytes, unpacked bytes) of a source."""
         raw = HashingFile(sys.stdin.buffer if source.path == "-" else Path(source.path).open("rb"))  # noqa: SIM115
-        return raw, unpacked(raw, source)
+        return raw, unpacked(raw, source.packed, source.path)
 
     def spool_path(self) -> Path:
         self._spooled += 1
@@ -229,51 +230,6 @@ def skip_to(stream: Any, position: int) -> None:
     """Read and drop the first ``position`` bytes (so that they are hashed all the same)."""
     while position > 0 and (block := stream.read(min(position, BLOCK))):
         position -= len(block)
-
-
-def unpacked(raw: HashingFile, source: Source) -> Any:
-    """A file-like object over the unpacked bytes of ``raw``."""
-    if source.packed == "gz":
-        import gzip
-
-        return _Gzip(gzip.GzipFile(fileobj=raw, mode="rb"))  # type: ignore[call-overload]
-    if source.packed == "zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(
-                f"`{source.path}` needs the zstandard package", hint="pip install 'mlm-cli[data]'"
-            ) from error
-        return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), zstandard.ZstdError)  # type: ignore[arg-type]
-    return raw
-
-
-class _Gzip:
-    """Reads gzip, with damage reported as EOFError whatever layer notices it."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        import zlib
-
-        try:
-            block: bytes = self._stream.read(size)
-            return block
-        except zlib.error as error:
-            raise EOFError(str(error)) from error
-
-
-class _Zstd:
-    def __init__(self, stream: Any, failure: type[Exception]) -> None:
-        self._stream, self._failure = stream, failure
-
-    def read(self, size: int) -> bytes:
-        try:
-            block: bytes = self._stream.read(size)
-            return block
-        except self._failure as error:
-            raise EOFError(str(error)) from error
 
 
 def read_segment(segment: Segment) -> bytes:

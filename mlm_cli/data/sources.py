@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlm_cli.data.compressed import PACKED
 from mlm_cli.errors import DataError, UsageError
 
 FORMATS = ("auto", "jsonl", "txt", "parquet")
@@ -18,7 +19,6 @@ _SUFFIXES = {
     **dict.fromkeys((".txt", ".text"), "txt"),
     ".parquet": "parquet",
 }
-_PACKED = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 _KNOWN = ".jsonl, .json, .txt or .parquet, each also .gz or .zst"
 
 
@@ -64,7 +64,7 @@ def _looks_like_hub(given: str) -> bool:
     """`owner/name`, where neither that path nor a folder `owner` is here: a mistyped path must stay one."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", given) or Path(given).suffix in {
         **_SUFFIXES,
-        **_PACKED,
+        **PACKED,
     }:
         return False
     path = Path(given)
@@ -79,7 +79,7 @@ def _local(given: str, input_format: str) -> list[Source]:
             for folder, folders, names in os.walk(path)
             if not folders.sort()  # type: ignore[func-returns-value]  # walk in order
             for name in sorted(names)
-            if not name.startswith(".") and (input_format != "auto" or _by_suffix(name) is not None)
+            if not name.startswith(".") and (input_format != "auto" or text_format(name) is not None)
         ]
         if not files:
             raise DataError(f"folder `{given}` has no file to read", hint=f"names must end in {_KNOWN}")
@@ -95,8 +95,9 @@ def _local(given: str, input_format: str) -> list[Source]:
     raise DataError(f"`{given}` does not exist", hint="check the path; a Hub data set is written hf://owner/name")
 
 
-def _by_suffix(name: str) -> tuple[str, str | None] | None:
-    packed = _PACKED.get(Path(name).suffix)
+def text_format(name: str) -> tuple[str, str | None] | None:
+    """(jsonl, txt or parquet; gz, zst or None) by a file's name; None where it says nothing."""
+    packed = PACKED.get(Path(name).suffix)
     stem = Path(name).stem if packed else name
     known = _SUFFIXES.get(Path(stem).suffix)
     return (known, packed) if known else None
@@ -109,8 +110,8 @@ def _file(path: Path, input_format: str) -> Source:
             pass
     except OSError as error:
         raise DataError(f"`{path}` cannot be read: {error.strerror or error}") from error
-    known = _by_suffix(path.name)
-    packed = known[1] if known else _PACKED.get(path.suffix)
+    known = text_format(path.name)
+    packed = known[1] if known else PACKED.get(path.suffix)
     if input_format != "auto":
         known = (input_format, packed)
     if known is None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from mlm_cli.data.compressed import PACKED, open_unpacked
 from mlm_cli.data.indexed import IndexedDataset, resolve_prefix
 from mlm_cli.data.sidecar import load_sidecar
+from mlm_cli.data.sources import text_format
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError
 
-_TEXT_SUFFIXES = (".txt", ".raw", ".text", ".md", ".jsonl", ".json")
+_MORE_TEXT = (".raw", ".md")  # beside what `mlm preprocess` reads
 _TOGETHER = 64  # documents given to the tokenizer at once
 
 
@@ -42,8 +41,8 @@ def open_documents(
     """Read and tokenise everything that ``paths`` name, in that order.
 
     Args:
-        paths: prefixes of indexed data sets; ``.jsonl`` (a document a line); folders (their text files, sorted); any
-            other file is one document of plain text. Each also ``.gz`` or ``.zst``.
+        paths: prefixes of indexed data sets; ``.jsonl``, ``.json`` (a document a line); folders (their text files,
+            sorted); any other file is one document of plain text. Each also ``.gz`` or ``.zst``.
         tokenizer: may be None only for indexed data sets.
         key: of the text in JSON lines.
         limit: the first so many documents only.
@@ -76,7 +75,7 @@ def _indexed_prefix(path: str) -> str | None:
     try:
         return resolve_prefix(path)
     except DataError as error:
-        if Path(path).suffix in _TEXT_SUFFIXES or path.endswith((".gz", ".zst")):
+        if _is_text(Path(path)) or Path(path).suffix in PACKED:
             raise DataError(f"no file {path}") from None
         raise DataError(f"{path} is neither a file, a folder nor an indexed data set", hint=error.hint) from None
 
@@ -111,35 +110,22 @@ def _words_and_bytes(ids: np.ndarray, tokenizer: Tokenizer | None) -> tuple[int 
 def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffix(file) in _TEXT_SUFFIXES]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file)]
     if not files:
-        raise DataError(f"no text files in {path}", hint=f"looked for {' '.join(_TEXT_SUFFIXES)}, also .gz and .zst")
+        hint = f"looked for .txt, .jsonl, .json, {', '.join(_MORE_TEXT)}, also .gz and .zst"
+        raise DataError(f"no text files in {path}", hint=hint)
     return files
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that tells the format: ``.jsonl`` of ``x.jsonl.gz``."""
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+def _format(path: Path) -> str | None:
+    """As for `mlm preprocess`; what that does not know is plain text here."""
+    known = text_format(path.name)
+    return known[0] if known else None
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Open a file, unpacked if it ends in ``.gz`` or ``.zst``.
-
-    Raises:
-        DataError: it does not open, or the package for ``.zst`` is missing.
-    """
-    try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        if path.suffix == ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise DataError(f"reading {path} needs zstandard", hint="pip install 'mlm-cli[data]'") from None
-            return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror or error}") from None
+def _is_text(path: Path) -> bool:
+    stem = path.stem if path.suffix in PACKED else path.name
+    return _format(path) in ("jsonl", "txt") or Path(stem).suffix in _MORE_TEXT
 
 
 def read_texts(path: Path, key: str = "text") -> Iterator[str]:
@@ -148,16 +134,20 @@ def read_texts(path: Path, key: str = "text") -> Iterator[str]:
     Raises:
         DataError: naming file and line.
     """
-    with open_binary(path) as file:
-        try:
-            if _suffix(path) != ".jsonl":
+    if _format(path) == "parquet":
+        raise DataError(f"{path}: tables are not scored as they are", hint="score what `mlm preprocess` makes of it")
+    try:
+        with open_unpacked(path) as file:
+            if _format(path) != "jsonl":
                 yield _decode(file.read(), str(path))
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _text_of_line(line, f"{path}:{number}", key)
-        except (EOFError, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+                    yield _text_of_line(line.rstrip(b"\r\n"), f"{path}:{number}", key)
+    except EOFError as error:
+        raise DataError(f"{path} cannot be read, it is cut short or damaged: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _text_of_line(line: bytes, where: str, key: str) -> str:

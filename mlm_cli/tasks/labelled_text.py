@@ -1,9 +1,8 @@
-"""Rows of ``.tsv``, ``.csv`` and ``.jsonl`` files (also ``.gz``) with a text, perhaps a second text, and a label."""
+"""Rows of ``.tsv``, ``.csv``, ``.jsonl`` (also ``.gz``, ``.zst``): a text, perhaps a second one, and a label."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlm_cli.data.compressed import PACKED, open_unpacked
 from mlm_cli.errors import DataError
 
 Column = str | int
@@ -52,9 +52,9 @@ def read_examples(path: str | Path, columns: Columns) -> list[Example]:
             no rows; naming file and line.
     """
     path = Path(path)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     if suffix not in (".tsv", ".csv", ".jsonl"):
-        raise DataError(f"{path}: labelled text is read from .tsv, .csv or .jsonl files (also .gz)")
+        raise DataError(f"{path}: labelled text is read from .tsv, .csv or .jsonl files (also .gz or .zst)")
     try:
         with _open(path) as file:
             rows = _json_rows(path, file, columns) if suffix == ".jsonl" else _table_rows(path, suffix, file, columns)
@@ -70,8 +70,7 @@ def read_examples(path: str | Path, columns: Columns) -> list[Example]:
 
 
 def _open(path: Path) -> io.TextIOWrapper:
-    raw: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(open_unpacked(path), encoding="utf-8-sig", newline="")
 
 
 def _table_rows(path: Path, suffix: str, file: io.TextIOWrapper, columns: Columns) -> Iterator[Example]:

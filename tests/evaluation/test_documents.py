@@ -82,6 +82,8 @@ def test_an_indexed_set_is_its_texts(tmp_path: Path, eod: bool) -> None:
         ("a.txt", b"ok caf\xe9", r"a\.txt is not UTF-8: byte 0xe9 at 6"),
         ("a.txt", b"", "no text to score"),
         ("a.txt.gz", b"\x1f\x8b\x08\x00broken", "cannot be read"),
+        ("a.txt.zst", b"not zstd", "cannot be read"),
+        ("a.parquet", b"PAR1", "tables are not scored"),
     ],
 )
 def test_mistakes(tmp_path: Path, name: str, content: bytes, message: str) -> None:
