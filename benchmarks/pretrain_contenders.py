@@ -183,9 +183,11 @@ def mlm(args: argparse.Namespace) -> Work:
     from mlm_cli.jobs.pretrain import objective
     from mlm_cli.models.gpt import build_gpt
     from mlm_cli.parallel.context import ParallelContext
+    from mlm_cli.training.allocator import keep_freed_memory
     from mlm_cli.training.engine import OptimizerSettings, build_engine
 
     env = distributed.init()
+    keep_freed_memory()
     parallel = ParallelContext.create(tensor=args.tensor, device=env.device)
     section = ModelSection(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab

@@ -42,6 +42,7 @@ from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.tasks.classification import Features, columns_of, encode_examples, label_names, training_batches
 from mlm_cli.tasks.classifier_folder import ClassifierFacts, pad_id_of, save_classifier, start_classifier
 from mlm_cli.tasks.labelled_text import read_examples
+from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.engine import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
@@ -74,6 +75,8 @@ def run(recipe: Recipe) -> int:
     if task is None or recipe.init_from is None:
         raise UsageError("fine-tuning needs `task` and `init_from`", hint="start from `mlm recipe show finetune/sst2`")
     env = distributed.init()
+    if env.device.type == "cpu":
+        keep_freed_memory()
     try:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
