@@ -72,6 +72,7 @@ def as_mlm_error(error: BaseException, arguments: Sequence[str] = ()) -> MlmErro
 def _usage(error: BaseException, arguments: Sequence[str]) -> UsageError:
     message = str(error.format_message()).strip().rstrip(".")  # type: ignore[attr-defined]
     message = re.sub(r"'([^']*)'", r"`\1`", re.sub(r"\s*\(Possible options:.*\)$", "", message))
+    message = message.replace("Value error, ", "")
     message = re.sub(r"\s+", " ", message[:1].lower() + message[1:])
     verb = arguments[0] if arguments else ""
     hint = f"`mlm {verb} --help` shows what it takes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,51 +11,64 @@ from mlm_cli.cli.app import begin
 from mlm_cli.cli.flags import DryRunFlag, FormatFlag, OutputFlag, QuietFlag, RecipeFlag, VerboseFlag, overlay
 from mlm_cli.cli.output import emit, emit_json
 from mlm_cli.cli.preprocess_recipe import from_recipe, inputs_and_keys
+from mlm_cli.cli.text_flags import (
+    InputFormatFlag,
+    InputsArgument,
+    JsonKeyFlag,
+    MaxLineFlag,
+    OnBadLineFlag,
+    OverwriteFlag,
+    TxtDocumentsFlag,
+    refuse,
+)
 from mlm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlm_cli.jobs.preprocess import PreprocessRequest
+
+TokenizerFlag = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="TOK", help="Folder, file, Hub name, or `bytes`.")
+]
+AppendEodFlag = Annotated[
+    bool | None,
+    typer.Option("--append-eod/--no-append-eod", help="End each document with the tokenizer's end token. [on]"),
+]
+SentencesFlag = Annotated[
+    bool, typer.Option("--split-sentences", help="Each sentence a sequence; writes PREFIX_KEY_sentence.")
+]
+WorkersFlag = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Processes. [all cores]")]
+BackendFlag = Annotated[
+    Literal["auto", "gigatoken", "tokenizers"] | None,
+    typer.Option("--backend", help="auto: the fastest that is right. [auto]"),
+]
+InspectFlag = Annotated[
+    str | None, typer.Option("--inspect", metavar="PREFIX", help="Show a finished set: counts, first texts.")
+]
+DocumentsFlag = Annotated[
+    int | None, typer.Option("--documents", min=0, metavar="N", help="--inspect: how many to show. [3]")
+]
+MergeFlag = Annotated[bool, typer.Option("--merge", help="Inputs are finished sets: join them into PREFIX.")]
+# What a recipe says about the same things; flags win.
+MERGED = ("tokenizer", "output", "json_key", "append_eod", "on_bad_line", "workers")
 
 
 def preprocess(
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", hidden=True)] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="TOK", help="Folder, file, Hub name, or `bytes`.")
-    ] = None,
+    inputs: InputsArgument = None,
+    tokenizer: TokenizerFlag = None,
     output: OutputFlag = None,
-    json_key: Annotated[
-        list[str] | None,
-        typer.Option("--json-key", metavar="KEY", help="Where the text is; repeat for one set a key. [text]"),
-    ] = None,
-    input_format: Annotated[
-        Literal["auto", "jsonl", "txt", "parquet"], typer.Option("--input-format", help="auto: by the file's name.")
-    ] = "auto",
-    txt_documents: Annotated[
-        Literal["file", "line"], typer.Option("--txt-documents", help="A .txt file: one document, or one a line.")
-    ] = "file",
-    append_eod: Annotated[
-        bool | None,
-        typer.Option("--append-eod/--no-append-eod", help="End each document with the tokenizer's end token. [on]"),
-    ] = None,
-    split_sentences: Annotated[
-        bool, typer.Option("--split-sentences", help="Each sentence a sequence; writes PREFIX_KEY_sentence.")
-    ] = False,
-    on_bad_line: Annotated[
-        Literal["stop", "skip"] | None,
-        typer.Option("--on-bad-line", help="skip: left out, counted and listed. [stop]"),
-    ] = None,
-    max_line_mb: Annotated[
-        float, typer.Option("--max-line-mb", metavar="MB", help="A longer line (or .txt document) is a bad one.")
-    ] = 32.0,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Processes. [all cores]")] = None,
-    backend: Annotated[
-        Literal["auto", "gigatoken", "tokenizers"],
-        typer.Option("--backend", help="auto: the fastest that is right."),
-    ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is under PREFIX.")] = False,
-    inspect: Annotated[
-        str | None,
-        typer.Option("--inspect", metavar="PREFIX", help="Show a finished set: counts, first texts."),
-    ] = None,
-    documents: Annotated[int, typer.Option("--documents", min=0, metavar="N", help="--inspect: how many to show.")] = 3,
-    merge: Annotated[bool, typer.Option("--merge", help="Inputs are finished sets: join them into PREFIX.")] = False,
+    json_key: JsonKeyFlag = None,
+    input_format: InputFormatFlag = None,
+    txt_documents: TxtDocumentsFlag = None,
+    append_eod: AppendEodFlag = None,
+    split_sentences: SentencesFlag = False,
+    on_bad_line: OnBadLineFlag = None,
+    max_line_mb: MaxLineFlag = None,
+    workers: WorkersFlag = None,
+    backend: BackendFlag = None,
+    overwrite: OverwriteFlag = False,
+    inspect: InspectFlag = None,
+    documents: DocumentsFlag = None,
+    merge: MergeFlag = False,
     recipe: RecipeFlag = None,
     dry_run: DryRunFlag = False,
     format: FormatFlag = "text",
@@ -78,57 +91,77 @@ def preprocess(
     """
     begin(quiet=quiet, verbose=verbose)
     given, keys = inputs_and_keys(inputs)
-    if recipe is not None or keys:
-        flags = overlay(tokenizer=tokenizer, output=output, json_key=json_key, workers=workers)
-        flags |= overlay(append_eod=append_eod, on_bad_line=on_bad_line)
-        merged = from_recipe(recipe, keys, given, flags)
-        given, tokenizer, output, workers = merged.inputs, merged.tokenizer, merged.output, merged.workers
-        json_key, append_eod, on_bad_line = list(merged.json_key), merged.append_eod, merged.on_bad_line
+    reading: dict[str, Any] = {
+        "--input-format": input_format,
+        "--txt-documents": txt_documents,
+        "--max-line-mb": max_line_mb,
+    }
+    reading |= {"--json-key": json_key, "--on-bad-line": on_bad_line, "--backend": backend, "--workers": workers}
+    reading |= {"--append-eod": append_eod, "--no-append-eod": append_eod is False, "--recipe": recipe}
+    reading |= {"--split-sentences": split_sentences, "KEY=VALUE": keys}
     if inspect is not None:
-        if given or merge:
-            raise UsageError("`--inspect PREFIX` takes no input")
-        from mlm_cli.jobs.indexed_tools import inspect as look
-        from mlm_cli.jobs.indexed_tools import inspection_text
-
-        report = look(inspect, tokenizer=tokenizer, documents=documents)
-        emit_json(report) if format == "json" else emit(inspection_text(report))
-        return 0
-    if output is None:
-        raise UsageError("no output given", hint="--output PREFIX, for example --output data/wiki")
+        writing = {"INPUT": given, "--output": output, "--overwrite": overwrite, "--merge": merge}
+        refuse("`--inspect PREFIX`", writing | {"--dry-run": dry_run} | reading)
+        return _inspect(inspect, tokenizer, 3 if documents is None else documents, format)
+    refuse("`mlm preprocess` without `--inspect`", {"--documents": documents})
     if merge:
-        from mlm_cli.jobs.indexed_tools import merge as join
-
-        summary = join(given, output, overwrite=overwrite)
-        emit_json(summary) if format == "json" else emit(_text(summary))
-        return 0
-    if tokenizer is None:
+        refuse("`--merge`", {"--tokenizer": tokenizer} | reading)
+        return _merge(given, output, overwrite, dry_run, format)
+    flags = overlay(tokenizer=tokenizer, output=output, json_key=json_key, workers=workers)
+    flags |= overlay(append_eod=append_eod, on_bad_line=on_bad_line)
+    if recipe is not None or keys:
+        merged = from_recipe(recipe, keys, given, flags)
+        given, flags = merged.inputs, overlay(**{name: getattr(merged, name) for name in MERGED})
+    if flags.get("tokenizer") is None:
         raise UsageError("no tokenizer given", hint="--tokenizer FOLDER, a Hub name, or `--tokenizer bytes`")
+    flags |= overlay(input_format=input_format, txt_documents=txt_documents, backend=backend)
+    flags |= overlay(max_line_mb=max_line_mb)
+    flags |= {"output": _prefix(flags.get("output")), "json_key": tuple(flags.get("json_key") or ("text",))}
     from mlm_cli.jobs import preprocess as job
 
-    request = job.PreprocessRequest(
-        inputs=given,
-        tokenizer=tokenizer,
-        output=output,
-        json_key=tuple(json_key or ("text",)),
-        input_format=input_format,
-        txt_documents=txt_documents,
-        append_eod=append_eod is not False,
-        split_sentences=split_sentences,
-        on_bad_line=on_bad_line or "stop",
-        max_line_mb=max_line_mb,
-        workers=workers,
-        backend=backend,
-        overwrite=overwrite,
-    )
+    request = job.PreprocessRequest(inputs=given, split_sentences=split_sentences, overwrite=overwrite, **flags)
     if dry_run:
-        work = job.plan(request)
-        found = [source.__dict__ for source in work.sources]
-        names = [f"{output}_{name}" for name in work.names.values()]
-        report = {"inputs": found, "bytes": work.total_bytes, "outputs": names, "dtype": work.encode.dtype}
-        emit_json(report) if format == "json" else emit(_dry_text(report))
-        return 0
+        return _dry_run(request, format)
     summary = job.run(request)
     emit_json(summary) if format == "json" else emit(_text(summary))
+    return 0
+
+
+def _prefix(output: str | None) -> str:
+    if output is None:
+        raise UsageError("no output given", hint="--output PREFIX, for example --output data/wiki")
+    if output.endswith("/") or Path(output).name in ("", ".", ".."):
+        raise UsageError(f"`--output {output}` names a folder", hint=f"--output is a prefix: {Path(output, 'wiki')}")
+    return output
+
+
+def _inspect(prefix: str, tokenizer: str | None, documents: int, format: str) -> int:
+    from mlm_cli.jobs.indexed_tools import inspect, inspection_text
+
+    report = inspect(prefix, tokenizer=tokenizer, documents=documents)
+    emit_json(report) if format == "json" else emit(inspection_text(report))
+    return 0
+
+
+def _merge(prefixes: tuple[str, ...], output: str | None, overwrite: bool, dry_run: bool, format: str) -> int:
+    from mlm_cli.jobs.indexed_tools import merge
+
+    summary = merge(prefixes, _prefix(output), overwrite=overwrite, dry_run=dry_run)
+    if format == "json":
+        emit_json(summary)
+    else:
+        emit(_text(summary) if not dry_run else "\n".join(f"would write {name}" for name in summary["outputs"]))
+    return 0
+
+
+def _dry_run(request: PreprocessRequest, format: str) -> int:
+    from mlm_cli.jobs import preprocess as job
+
+    work = job.plan(request)
+    found = [source.__dict__ for source in work.sources]
+    names = [f"{request.output}_{name}" for name in work.names.values()]
+    report = {"inputs": found, "bytes": work.total_bytes, "outputs": names, "dtype": work.encode.dtype}
+    emit_json(report) if format == "json" else emit(_dry_text(report))
     return 0
 
 

@@ -7,44 +7,52 @@ from typing import Annotated, Literal
 import typer
 
 from mlm_cli.cli.app import begin, new_app
-from mlm_cli.cli.flags import FormatFlag, OutputFlag, QuietFlag, VerboseFlag
+from mlm_cli.cli.flags import FormatFlag, OutputFlag, QuietFlag, VerboseFlag, overlay
 from mlm_cli.cli.output import emit, emit_json
+from mlm_cli.cli.text_flags import (
+    InputFormatFlag,
+    InputsArgument,
+    JsonKeyFlag,
+    MaxLineFlag,
+    OnBadLineFlag,
+    OverwriteFlag,
+    TxtDocumentsFlag,
+)
 from mlm_cli.errors import UsageError
 
 tokenizer_app = new_app(help="Train or inspect a tokenizer.", context_settings={"help_option_names": ["-h", "--help"]})
 
 
+KindFlag = Annotated[
+    Literal["bpe", "wordpiece", "unigram"], typer.Option("--kind", help="bpe: byte-level, as GPT-2's.")
+]
+VocabSizeFlag = Annotated[
+    int | None, typer.Option("--vocab-size", min=1, metavar="N", help="Tokens, special ones included.")
+]
+LowercaseFlag = Annotated[bool, typer.Option("--lowercase", help="Lower-case all text.")]
+MinFrequencyFlag = Annotated[
+    int, typer.Option("--min-frequency", min=1, metavar="N", help="bpe, wordpiece: pairs seen less are not merged.")
+]
+MaxTrainFlag = Annotated[
+    float | None, typer.Option("--max-train-mb", metavar="MB", help="Learn from the first MB of text only.")
+]
+
+
 @tokenizer_app.command("train")
 def train(
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", hidden=True)] = None,
-    kind: Annotated[
-        Literal["bpe", "wordpiece", "unigram"], typer.Option("--kind", help="bpe: byte-level, as GPT-2's.")
-    ] = "bpe",
-    vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=1, metavar="N", help="Tokens, special ones included.")
-    ] = None,
+    inputs: InputsArgument = None,
+    kind: KindFlag = "bpe",
+    vocab_size: VocabSizeFlag = None,
     output: OutputFlag = None,
-    json_key: Annotated[
-        list[str] | None, typer.Option("--json-key", metavar="KEY", help="Where the text is; may be repeated. [text]")
-    ] = None,
-    input_format: Annotated[
-        Literal["auto", "jsonl", "txt", "parquet"], typer.Option("--input-format", help="auto: by the file's name.")
-    ] = "auto",
-    txt_documents: Annotated[
-        Literal["file", "line"], typer.Option("--txt-documents", help="A .txt file: one document, or one a line.")
-    ] = "file",
-    on_bad_line: Annotated[Literal["stop", "skip"], typer.Option("--on-bad-line", help="skip: left out.")] = "stop",
-    max_line_mb: Annotated[
-        float, typer.Option("--max-line-mb", metavar="MB", help="A longer line (or .txt document) is a bad one.")
-    ] = 32.0,
-    lowercase: Annotated[bool, typer.Option("--lowercase", help="Lower-case all text.")] = False,
-    min_frequency: Annotated[
-        int, typer.Option("--min-frequency", min=1, metavar="N", help="bpe, wordpiece: pairs seen less are not merged.")
-    ] = 2,
-    max_train_mb: Annotated[
-        float | None, typer.Option("--max-train-mb", metavar="MB", help="Learn from the first MB of text only.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR.")] = False,
+    json_key: JsonKeyFlag = None,
+    input_format: InputFormatFlag = None,
+    txt_documents: TxtDocumentsFlag = None,
+    on_bad_line: OnBadLineFlag = None,
+    max_line_mb: MaxLineFlag = None,
+    lowercase: LowercaseFlag = False,
+    min_frequency: MinFrequencyFlag = 2,
+    max_train_mb: MaxTrainFlag = None,
+    overwrite: OverwriteFlag = False,
     format: FormatFlag = "text",
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -67,20 +75,18 @@ def train(
         raise UsageError("no vocabulary size given", hint="--vocab-size N, for example --vocab-size 8192")
     from mlm_cli.jobs import tokenizer as job
 
+    given = overlay(input_format=input_format, txt_documents=txt_documents, on_bad_line=on_bad_line)
+    given |= overlay(json_key=tuple(json_key) if json_key else None)
+    given |= overlay(max_line_mb=max_line_mb, max_train_mb=max_train_mb)
     request = job.TrainRequest(
         inputs=tuple(inputs or ()),
         output=output,
         kind=kind,
         vocab_size=vocab_size,
-        json_key=tuple(json_key or ("text",)),
-        input_format=input_format,
-        txt_documents=txt_documents,
-        on_bad_line=on_bad_line,
-        max_line_mb=max_line_mb,
         lowercase=lowercase,
         min_frequency=min_frequency,
-        max_train_mb=max_train_mb,
         overwrite=overwrite,
+        **given,
     )
     report = job.train(request)
     emit_json(report) if format == "json" else emit(job.description_text(report))

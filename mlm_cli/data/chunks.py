@@ -109,7 +109,7 @@ class Chunker:
                 from mlm_cli.data.parquet_text import parquet_segments
 
                 yield from parquet_segments(self, number, source, start)
-            elif source.format == "txt" and self.text_documents == "file" and source.path != "-":
+            elif source.format == "txt" and self.text_documents == "file":
                 yield from self._whole(number, source, start)
             else:
                 yield from self._lines(number, source, start)

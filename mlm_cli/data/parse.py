@@ -34,7 +34,7 @@ def parse_segment(segment: Segment, keys: tuple[str, ...], max_line: int) -> Par
     if segment.mode == "empty":
         return _refuse(parsed, "the file is empty", lines=0)
     if segment.mode == "long":
-        return _refuse(parsed, f"longer than {max_line / 2**20:g} MiB")
+        return _refuse(parsed, f"longer than {max_line / 2**20:.3g} MiB")
     if segment.mode == "arrow":
         from mlm_cli.data.parquet_text import read_table
 
@@ -60,7 +60,7 @@ def parse_segment(segment: Segment, keys: tuple[str, ...], max_line: int) -> Par
                 parsed.bad.append((number, f"invalid UTF-8 at byte {error.start + 1} of the line"))
                 continue
         if len(line) * 4 > max_line and len(line.encode("utf-8", "replace")) > max_line:
-            parsed.bad.append((number, f"longer than {max_line / 2**20:g} MiB"))
+            parsed.bad.append((number, f"longer than {max_line / 2**20:.3g} MiB"))
             continue
         if segment.mode == "lines":
             _take(parsed, number, (line.rstrip("\r"),), keys)
@@ -103,6 +103,8 @@ def _json_texts(line: str, keys: tuple[str, ...]) -> tuple[Document, ...] | str:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
+        if line.lstrip() == "[":
+            return "malformed JSON: a file that is one array; there must be one object a line (jq -c '.[]' makes it so)"
         return f"malformed JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"malformed JSON: {error}"

@@ -7,6 +7,7 @@ continue means cutting every file there. Final names appear in one step each at 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from mlm_cli.data.chunks import clear_spool
 from mlm_cli.data.indexed import IndexedParts
-from mlm_cli.errors import DataError, UsageError
+from mlm_cli.errors import UsageError
 
 ORIGIN = np.dtype([("source", "<u4"), ("line", "<u8")])
 _NPY_BYTES = 128
@@ -216,6 +217,8 @@ class PartialRun:
         plan = self.folder / "publish.json"
         plan.with_suffix(".new").write_text(json.dumps(moves), encoding="utf-8")
         plan.with_suffix(".new").replace(plan)
+        if not with_bad:  # that of an older data set of this name has no successor
+            Path(f"{self.prefix}.bad.jsonl").unlink(missing_ok=True)
         _move(self.folder, moves)
         self.remove()
 
@@ -282,9 +285,13 @@ def _take_lock(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise DataError(f"`{folder}` cannot be made: {error.strerror}", hint="choose another --output") from error
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno == errno.ENOENT and folder.parent.is_dir():
+                continue  # the run before us took its folder away between our two steps
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UsageError(f"`{folder}` cannot be made: {error.strerror}", hint="choose another --output") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

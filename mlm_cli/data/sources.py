@@ -38,6 +38,17 @@ class Source:
         return self.path == "-" or self.modified < 0
 
 
+def bytes_of(flag: str, megabytes: float) -> int:
+    """MiB given by hand, in bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    if not 0 < megabytes < float("inf"):
+        raise UsageError(f"`{flag}` must be a number above 0; it is {megabytes:g}")
+    return int(megabytes * 2**20)
+
+
 def find_sources(inputs: Sequence[str], input_format: str = "auto") -> list[Source]:
     """Expand files, folders (recursive, sorted by path), globs, `-` and Hub data sets.
 

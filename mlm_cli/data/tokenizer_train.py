@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from mlm_cli import log
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.data.tokenizer_files import (
     END_OF_TEXT,
@@ -94,7 +95,7 @@ def _untrained(kind: str, vocab_size: int, lowercase: bool, min_frequency: int) 
     """(definition without a vocabulary, trainer)."""
     from tokenizers import pre_tokenizers, trainers
 
-    show = sys.stderr.isatty()
+    show = sys.stderr.isatty() and not log.is_quiet()
     empty: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     empty |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     if kind == "bpe":

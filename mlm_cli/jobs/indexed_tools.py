@@ -117,7 +117,7 @@ def inspection_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> dict[str, Any]:
+def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Join sets in the order given; each may be an ``--output`` prefix (all its pairs) or the prefix of one pair.
 
     Raises:
@@ -128,15 +128,21 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> d
     sidecars = [load_sidecar(prefix) for prefix in prefixes]
     _same_tokenizer(prefixes, sidecars)
     pairs = [_pairs(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True)]
-    names = [name for name in pairs[0] if all(name in found for found in pairs)]
-    if not names:
-        raise DataError(f"`{prefixes[0]}` and `{prefixes[1]}` have no pair of the same name: {list(pairs[0])}")
+    names = list(pairs[0])
+    for prefix, found in zip(prefixes, pairs, strict=True):
+        if found.keys() != pairs[0].keys():
+            raise DataError(
+                f"`{prefixes[0]}` has {_listed(pairs[0])}, `{prefix}` has {_listed(found)}: a part would be left out",
+                hint=f"name the pairs to be joined: {' '.join(f'{one}_KEY_document' for one in (prefixes[0], prefix))}",
+            )
     for name in names:
         target = f"{output}_{name}"
         if any(Path(found[name]).absolute() == Path(target).absolute() for found in pairs):
             raise UsageError(f"`{target}` is one of the inputs", hint="choose another --output")
         if Path(target + ".idx").exists() and not overwrite:
             raise UsageError(f"`{target}.idx` exists already", hint="give --overwrite, or another --output")
+    if dry_run:
+        return {"prefix": output, "outputs": [f"{output}_{name}" for name in names], "merged": list(prefixes)}
     folder = Path(output + ".merging")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -152,7 +158,13 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> d
     return {"prefix": output, "outputs": outputs, "documents": outputs[0]["documents"], "merged": list(prefixes)}
 
 
+def _listed(found: dict[str, str]) -> str:
+    return ", ".join(f"`{name}`" for name in found)
+
+
 def _same_tokenizer(prefixes: Sequence[str], sidecars: Sequence[Sidecar | None]) -> None:
+    if len({sidecar.append_eod for sidecar in sidecars if sidecar is not None}) > 1:
+        log.warn("some of these sets end their documents with an end-of-document id, and some do not")
     first: tuple[str, Sidecar] | None = None
     for prefix, sidecar in zip(prefixes, sidecars, strict=True):
         if sidecar is None:

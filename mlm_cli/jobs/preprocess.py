@@ -23,7 +23,7 @@ from mlm_cli.data.tokenizer_backends import Choice, ReferenceEncoder, choose_enc
 from mlm_cli.data.workers import BackendDisagreesError, EncoderPool, Task
 from mlm_cli.errors import DataError, ResourceError
 from mlm_cli.jobs.preprocess_plan import Plan, PreprocessRequest, existing, plan
-from mlm_cli.jobs.preprocess_record import commit, sidecar, summary
+from mlm_cli.jobs.preprocess_record import commit, nothing_good, sidecar, summary
 from mlm_cli.jobs.progress import ByteProgress
 
 _SAMPLE_CHARACTERS = 1 << 16
@@ -53,7 +53,7 @@ def run(request: PreprocessRequest) -> dict[str, Any]:
     try:
         choice = _encode_all(work, partial)
         if partial.position.documents == 0:
-            raise DataError(f"no document in the input: {partial.position.skipped:,} lines were bad, none good")
+            raise nothing_good(partial)
         report = summary(work, partial, choice)
         partial.publish(sidecar(work, partial, choice).text(), with_bad=partial.position.skipped > 0)
     except BaseException as error:

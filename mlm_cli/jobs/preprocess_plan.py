@@ -12,7 +12,7 @@ from mlm_cli import log
 from mlm_cli.data.encode import EncodeSettings
 from mlm_cli.data.indexed import optimal_dtype
 from mlm_cli.data.sidecar import read_sidecar
-from mlm_cli.data.sources import Source, find_sources
+from mlm_cli.data.sources import Source, bytes_of, find_sources
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import DataError, UsageError
 
@@ -72,8 +72,7 @@ def plan(request: PreprocessRequest) -> Plan:
     """
     if len(set(request.json_key)) < len(request.json_key):
         raise UsageError("a --json-key is given twice")
-    if request.max_line_mb <= 0:
-        raise UsageError("--max-line-mb must be positive")
+    max_line = bytes_of("--max-line-mb", request.max_line_mb)
     sources = find_sources(request.inputs, request.input_format)
     text = [source.path for source in sources if source.format == "txt"]
     if text and request.json_key != ("text",):
@@ -89,7 +88,7 @@ def plan(request: PreprocessRequest) -> Plan:
         dtype=optimal_dtype(tokenizer.vocab_size).__name__,
         eod=tokenizer.eod_id if request.append_eod else None,
         split_sentences=request.split_sentences,
-        max_line=int(request.max_line_mb * 2**20),
+        max_line=max_line,
     )
     level = "sentence" if request.split_sentences else "document"
     settings = {

@@ -23,12 +23,13 @@ def commit(segment: Segment, result: SegmentResult, work: Plan, partial: Partial
     source, at = work.sources[segment.source], partial.position
     name = "standard input" if source.path == "-" else source.path
     if result.bad and work.request.on_bad_line == "stop":
-        line, reason = result.bad[0]
-        where = f"{name}:{at.line + line}" if line else name
-        raise DataError(
-            f"{where}: {reason}",
-            hint="mend it, or give --on-bad-line skip to leave such lines out (they are counted and listed)",
-        )
+        number, reason = result.bad[0]
+        where = f"{name}:{at.line + number}" if number else name
+        hint = "mend it, or give --on-bad-line skip to leave such lines out (they are counted and listed)"
+        if segment.mode == "long":
+            lines = ", give --txt-documents line" if source.format == "txt" else ""
+            hint = f"raise --max-line-mb{lines}, or give --on-bad-line skip to leave it out (counted and listed)"
+        raise DataError(f"{where}: {reason}", hint=hint)
     for key, encoded in result.encoded.items():
         partial.parts[key].append(encoded.tokens, encoded.lengths, encoded.sequences)
         at.max_token[key] = max(at.max_token.get(key, -1), encoded.max_token)
@@ -50,6 +51,23 @@ def commit(segment: Segment, result: SegmentResult, work: Plan, partial: Partial
         entry |= {"empty_documents": at.here["empty"]}
         partial.sources.append(json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n")
         at.source, at.resume, at.line, at.here = at.source + 1, 0, 0, fresh_counts()
+
+
+def nothing_good(partial: PartialRun) -> DataError:
+    """The error for an input without one good document. Its list of bad lines goes with the run: the first is named."""
+    if not partial.position.skipped:
+        return DataError("no document in the input: every line is blank")
+    first = json.loads(_first_bad(partial)[0])
+    return DataError(
+        f"no document in the input: all {partial.position.skipped:,} were bad, "
+        f"the first at {first['file']}:{first['line']}: {first['reason']}",
+        hint="without --on-bad-line skip the run stops at the first bad line",
+    )
+
+
+def _first_bad(partial: PartialRun) -> list[bytes]:
+    with partial.bad.path.open("rb") as stream:
+        return [line for line, _ in zip(stream, range(_BAD_SHOWN), strict=False)]
 
 
 def _outputs(work: Plan, partial: PartialRun) -> list[dict[str, Any]]:
@@ -89,8 +107,7 @@ def summary(work: Plan, partial: PartialRun, choice: Choice) -> dict[str, Any]:
 
 def sidecar(work: Plan, partial: PartialRun, choice: Choice) -> Sidecar:
     at, base = partial.position, Path(work.request.output).name
-    shown = partial.bad.path.read_bytes()[: 1 << 16].splitlines()[:_BAD_SHOWN]
-    bad = {"count": at.skipped, "first": [json.loads(line) for line in shown]}
+    bad = {"count": at.skipped, "first": [json.loads(line) for line in _first_bad(partial)]}
     if at.skipped:
         bad["file"] = f"{base}.bad.jsonl"
     spec = work.request.tokenizer

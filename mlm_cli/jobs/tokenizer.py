@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 import time
@@ -13,13 +14,14 @@ from typing import Any
 from mlm_cli import log
 from mlm_cli.data.chunks import Chunker, drop_spool
 from mlm_cli.data.parse import parse_segment
-from mlm_cli.data.sources import Source, find_sources
+from mlm_cli.data.sources import Source, bytes_of, find_sources
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.data.tokenizer_backends import choose_encoder, disagreement
 from mlm_cli.data.tokenizer_train import train_tokenizer
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.jobs.progress import ByteProgress
 
+_WRITTEN = ("tokenizer.json", "tokenizer_config.json")  # all that Tokenizer.save writes
 _PIECE = 1 << 16  # characters handed to the trainer at a time: it splits a text in one go, at many times its size
 
 
@@ -49,13 +51,11 @@ def train(request: TrainRequest) -> dict[str, Any]:
         UsageError: the output exists, or a vocabulary too small. DataError: bad input, naming file and line.
     """
     target = Path(request.output)
-    if target.exists() and not request.overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"`{target}` exists already", hint="give --overwrite, or another --output")
+    _check_target(target, overwrite=request.overwrite)
     sources = find_sources(request.inputs, request.input_format)
     total = sum(source.size for source in sources)
     begun = time.monotonic()
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    building = _scratch(target.absolute())
     try:
         counts = {"read": 0, "skipped": 0, "bytes": 0}
         with ByteProgress("reading", total) as show:
@@ -71,7 +71,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
         tokenizer.save(building)
         building.chmod(0o755)
         if target.exists():
-            shutil.rmtree(target)
+            for name in _WRITTEN:
+                (target / name).unlink(missing_ok=True)
         building.replace(target)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -82,12 +83,36 @@ def train(request: TrainRequest) -> dict[str, Any]:
     return report | {"documents": counts["read"], "skipped": counts["skipped"], "seconds": time.monotonic() - begun}
 
 
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that is there: --overwrite means another tokenizer, never a folder with anything else in it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    inside = {entry.name for entry in target.iterdir()} if target.is_dir() else None
+    if inside is None or inside - set(_WRITTEN):
+        raise UsageError(
+            f"`{target}` exists already, and is more than a trained tokenizer", hint="choose another --output"
+        )
+    if inside and not overwrite:
+        raise UsageError(f"`{target}` exists already", hint="give --overwrite, or another --output")
+
+
+def _scratch(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"`{target}` cannot be made: {error.strerror}", hint="choose another --output") from error
+
+
 def _texts(
     request: TrainRequest, sources: list[Source], spool: Path, show: ByteProgress, counts: dict[str, int]
 ) -> Iterator[str]:
     """Texts of the inputs in pieces of bounded size, cut at line ends or spaces."""
     spool.mkdir()
-    limit = int(request.max_line_mb * 2**20)
+    limit = bytes_of("--max-line-mb", request.max_line_mb)
+    enough = None if request.max_train_mb is None else bytes_of("--max-train-mb", request.max_train_mb)
     chunker = Chunker(request.json_key, request.txt_documents, spool, max_line=limit)
     before = 0
     for number, source in enumerate(sources):
@@ -108,7 +133,7 @@ def _texts(
                         yield from _pieces(text)
                         counts["bytes"] += len(text)
             show.update(before + segment.consumed)
-            if request.max_train_mb is not None and counts["bytes"] >= request.max_train_mb * 2**20:
+            if enough is not None and counts["bytes"] >= enough:
                 return
         before += source.size
 

@@ -10,7 +10,7 @@ import pytest
 from mlm_cli.data.sidecar import load_sidecar
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.jobs.indexed_tools import inspect, merge
-from tests.jobs.preprocess_runs import command, jsonl, preprocess
+from tests.jobs.preprocess_runs import command, jsonl, preprocess, texts
 
 
 def test_merge_is_as_if_written_together(tmp_path: Path) -> None:
@@ -94,3 +94,34 @@ def test_inspect_of_damage(tmp_path: Path) -> None:
         stream.truncate(4)
     done = command("preprocess", "--inspect", "x", cwd=tmp_path)
     assert done.returncode == 3 and "should be 12 bytes by its index, but is 4" in done.stderr
+
+
+def test_merging_leaves_no_pair_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "title": "t"}\n')
+    preprocess(tmp_path / "a.jsonl", output=tmp_path / "both", json_key=("text", "title"))
+    preprocess(tmp_path / "a.jsonl", output=tmp_path / "one")
+    with pytest.raises(DataError, match=r"`title_document`.*a part would be left out"):
+        merge([str(tmp_path / "both"), str(tmp_path / "one")], str(tmp_path / "m"))
+    merge([str(tmp_path / "both_text_document"), str(tmp_path / "one")], str(tmp_path / "m"))
+    assert texts(tmp_path / "m") == ["a|", "a|"]
+
+
+def test_merging_over_a_set_leaves_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "old"}\n{\n')
+    preprocess(tmp_path / "bad.jsonl", output=tmp_path / "m", on_bad_line="skip")
+    preprocess(jsonl(tmp_path / "a.jsonl", ["a"]), output=tmp_path / "a")
+    (tmp_path / "a.json").unlink()
+    dry = merge([str(tmp_path / "a")] * 2, str(tmp_path / "m"), overwrite=True, dry_run=True)
+    assert dry["outputs"] == [f"{tmp_path / 'm'}_text_document"] and texts(tmp_path / "m") == ["old|"]
+    merge([str(tmp_path / "a")] * 2, str(tmp_path / "m"), overwrite=True)
+    assert texts(tmp_path / "m") == ["a|", "a|"]
+    assert sorted(path.name for path in tmp_path.glob("m*")) == ["m_text_document.bin", "m_text_document.idx"]
+
+
+def test_preprocessing_again_leaves_no_old_list_of_bad_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n')
+    preprocess(tmp_path / "a.jsonl", output=tmp_path / "x", on_bad_line="skip")
+    assert (tmp_path / "x.bad.jsonl").exists()
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    preprocess(tmp_path / "a.jsonl", output=tmp_path / "x", overwrite=True)
+    assert not (tmp_path / "x.bad.jsonl").exists()

@@ -128,4 +128,42 @@ def test_options_that_do_not_go_together(tmp_path: Path, test_data: Path) -> Non
         preprocess(source, output=tmp_path / "x", json_key=("a", "a"))
     for arguments in (["a.jsonl", "--tokenizer", "bytes"], ["a.jsonl", "-o", "x"], ["--inspect", "x", "a.jsonl"]):
         assert command("preprocess", *arguments, cwd=tmp_path).returncode == 2
-    assert command("preprocess", "a.jsonl", "--tokenizer", "bytes", "-o", "a.jsonl/x", cwd=tmp_path).returncode == 3
+
+
+def test_one_array_is_told_apart_from_one_object_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n {"text": "a"}\n]\n')
+    with pytest.raises(DataError, match=r"a\.json:1: malformed JSON: a file that is one array"):
+        preprocess(tmp_path / "a.json", output=tmp_path / "x")
+
+
+def test_a_text_too_long_for_one_document_names_the_ways_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line\n" * 30_000)
+    with pytest.raises(DataError, match=r"longer than 0\.1 MiB") as caught:
+        preprocess(tmp_path / "a.txt", output=tmp_path / "x", max_line_mb=0.1)
+    assert "--max-line-mb" in str(caught.value.hint) and "--txt-documents line" in str(caught.value.hint)
+
+
+def test_nothing_good_names_the_first_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + BAD_LINES["missing key"][0])
+    with pytest.raises(DataError, match=r"all 1 were bad, the first at .*a\.jsonl:2: no key `text`"):
+        preprocess(tmp_path / "a.jsonl", output=tmp_path / "x", on_bad_line="skip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.jsonl", "-o", "sets/"], "`--output sets/` names a folder"),
+        (["a.jsonl", "-o", "a.jsonl/x"], "cannot be made: Not a directory"),
+        (["a.jsonl", "-o", "/proc/none/x"], "cannot be made"),
+        (["a.jsonl", "-o", "x", "--max-line-mb", "nan"], "`--max-line-mb` must be a number above 0; it is nan"),
+        (["a.jsonl", "-o", "x", "--documents", "2"], "without `--inspect` does not take `--documents`"),
+        (["--inspect", "x", "-o", "y", "--workers", "2"], "does not take `--output`, `--workers`"),
+        (["--merge", "x", "y", "-o", "z", "--split-sentences"], "`--merge` does not take `--split-sentences`"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    jsonl(tmp_path / "a.jsonl", ["a"])
+    tokenizer = ["--tokenizer", "bytes"] if arguments[0] == "a.jsonl" else []
+    done = command("preprocess", *arguments, *tokenizer, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

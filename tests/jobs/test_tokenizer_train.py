@@ -115,3 +115,23 @@ def test_command(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "tok").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert command(*arguments, cwd=tmp_path).returncode == 2
     assert command("tokenizer", "show", "missing", cwd=tmp_path).returncode == 3
+
+
+def test_overwrite_replaces_a_tokenizer_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words to learn from\n" * 20)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("kept")
+    for name in ("work", "file"):
+        arguments = ["a.txt", "--vocab-size", "300", "--overwrite", "-o", name]
+        done = command("tokenizer", "train", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and "is more than a trained tokenizer" in done.stderr
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years" and (tmp_path / "file").read_text() == "kept"
+    for size in ("300", "280"):
+        done = command("tokenizer", "train", "a.txt", "--vocab-size", size, "--overwrite", "-o", "tok", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert load_tokenizer(str(tmp_path / "tok")).vocab_size <= 280
+    done = command(
+        "tokenizer", "train", "a.txt", "--vocab-size", "300", "--max-train-mb", "-1", "-o", "y", cwd=tmp_path
+    )
+    assert done.returncode == 2 and "`--max-train-mb` must be a number above 0" in done.stderr
