@@ -56,15 +56,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor grad, Tensor x, MaybeTensor
   return {dx, bias ? sum_blocks(partial, *bias) : nothing(in)};
 }
 
-Rows swiglu_rows(const char* op, const Tensor& x) {
-  check_floating(op, "x", x);
-  const Rows shape = as_rows(op, "x", x);
-  MLM_CHECK(shape.width % 2 == 0, op, "the last dimension of `x` must be even ([gate | up]), got ", shape.width);
-  return {shape.rows, shape.width / 2};
-}
-
 Tensor swiglu(Tensor x) {
-  const Rows shape = swiglu_rows("swiglu", x);
+  const Rows shape = check_swiglu("swiglu", x);
   const Tensor in = packed(x);
   const auto sizes = in.sizes();
   std::vector<int64_t> out_sizes(sizes.begin(), sizes.end());
@@ -81,10 +74,8 @@ Tensor swiglu(Tensor x) {
 
 Tensor swiglu_backward(Tensor grad, Tensor x) {
   const char* op = "swiglu_backward";
-  const Rows shape = swiglu_rows(op, x);
-  MLM_CHECK(grad.numel() * 2 == x.numel() && grad.scalar_type() == x.scalar_type(), op, "`grad` must be ",
-            dtype_name(x.scalar_type()), " with ", x.numel() / 2, " elements, got ", dtype_name(grad.scalar_type()), " with ",
-            grad.numel());
+  const Rows shape = check_swiglu(op, x);
+  check_swiglu_grad(op, grad, x);
   const Tensor in = packed(x), g = packed(grad);
   Tensor dx = new_like(in);
   Activation a{};

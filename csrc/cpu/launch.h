@@ -1,7 +1,7 @@
 // What the CPU wrappers share: dtype to kernel row, parameters in the accumulation type, threading, store policy.
 #pragma once
 
-#include "../tensors.h"
+#include "../checks.h"
 #include "table.h"
 
 namespace mlm {
@@ -80,14 +80,11 @@ inline bool past_cache(const Tensor& out, int64_t width) {
 }
 
 inline Dropout dropout_of(const char* op, double p, const MaybeTensor& seed) {
-  MLM_CHECK(p >= 0.0 && p < 1.0, op, "`dropout` must be in [0, 1), got ", p);
+  check_probability(op, p, seed);
   Dropout d;
   if (p == 0.0) return d;
-  MLM_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-            "`seed` must be one int64 when `dropout` is above 0");
   d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(pointer(*seed)));
-  const double scaled = p * 4294967296.0;
-  d.threshold = scaled < 1.0 ? 1u : static_cast<uint32_t>(scaled);
+  d.threshold = dropout_threshold(p);
   d.scale = 1.0 / (1.0 - p);
   return d;
 }

@@ -28,15 +28,8 @@ Normed run_forward(NormForward& a, const Tensor& x, const Tensor& weight, const 
   return r;
 }
 
-void check_parameters(const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  check_floating(op, "x", x);
-  const Rows shape = as_rows(op, "x", x);
-  check_vector(op, "weight", weight, shape.width);
-  if (bias) check_vector(op, "bias", *bias, shape.width);
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, MaybeTensor bias, double eps) {
-  check_parameters("layer_norm", x, weight, bias);
+  check_norm("layer_norm", x, weight, bias);
   const Tensor in = packed(x);
   NormForward a{};
   a.x = pointer(in);
@@ -45,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, MaybeTens
 }
 
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps) {
-  check_parameters("rms_norm", x, weight, std::nullopt);
+  check_norm("rms_norm", x, weight, std::nullopt);
   const Tensor in = packed(x);
   NormForward a{};
   a.x = pointer(in);
@@ -57,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(
     Tensor x, Tensor residual, Tensor weight, MaybeTensor norm_bias, MaybeTensor bias, MaybeTensor seed, double eps,
     double dropout, bool rms) {
   const char* op = "residual_norm";
-  check_parameters(op, x, weight, norm_bias);
+  check_norm(op, x, weight, norm_bias);
   check_like(op, "residual", residual, "x", x);
   if (bias) check_vector(op, "bias", *bias, x.size(x.dim() - 1));
   const Tensor in = packed(x), skip = packed(residual);
@@ -110,8 +103,11 @@ Gradients run_backward(NormBackward& a, const Tensor& grad, const MaybeTensor& g
 
 std::tuple<Tensor, Tensor, Tensor> norm_backward(
     Tensor grad, Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor mean, Tensor rstd) {
-  check_parameters("norm_backward", x, weight, bias);
+  check_norm("norm_backward", x, weight, bias);
   check_like("norm_backward", "grad", grad, "x", x);
+  const Rows shape = as_rows("norm_backward", "x", x);
+  check_statistic("norm_backward", "rstd", rstd, x, shape.rows);
+  if (mean) check_statistic("norm_backward", "mean", *mean, x, shape.rows);
   const Tensor in = packed(x);
   NormBackward a{};
   a.rms = !mean;
@@ -125,9 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     Tensor grad, MaybeTensor grad_total, Tensor total, Tensor weight, MaybeTensor norm_bias, MaybeTensor bias,
     Tensor mean, Tensor rstd, MaybeTensor seed, double dropout, bool rms) {
   const char* op = "residual_norm_backward";
-  check_parameters(op, total, weight, norm_bias);
+  check_norm(op, total, weight, norm_bias);
   check_like(op, "grad", grad, "total", total);
   if (grad_total) check_like(op, "grad_total", *grad_total, "total", total);
+  const Rows shape = as_rows(op, "total", total);
+  check_statistic(op, "rstd", rstd, total, shape.rows);
+  if (!rms) check_statistic(op, "mean", mean, total, shape.rows);
   const Tensor in = packed(total);
   NormBackward a{};
   a.rms = rms;

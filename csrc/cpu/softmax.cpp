@@ -1,10 +1,10 @@
 // CPU operators: masked_softmax, causal_softmax and their backward.
+#include <algorithm>
+
 #include "launch.h"
 
 namespace mlm {
 namespace {
-
-constexpr int64_t kNoWindow = int64_t{1} << 62;
 
 std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const Tensor& scores, double scale,
                                        double dropout, const MaybeTensor& seed) {
@@ -24,29 +24,6 @@ std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const 
   return {out, probs};
 }
 
-// Strides of `mask` seen with the shape of `scores`: 0 where it is broadcast.
-void set_mask(SoftmaxForward& a, const char* op, const Tensor& mask, const Tensor& scores) {
-  const int64_t dims = scores.dim(), missing = dims - mask.dim();
-  MLM_CHECK(dims - 1 <= kMaxDims, op, "`scores` must have at most ", kMaxDims + 1, " dimensions, got ", dims);
-  MLM_CHECK(missing >= 0, op, "`mask` has ", mask.dim(), " dimensions, more than the ", dims, " of `scores`");
-  for (int64_t d = 0; d < dims; ++d) {
-    int64_t stride = 0;
-    if (d >= missing) {
-      const int64_t have = mask.size(d - missing), want = scores.size(d);
-      MLM_CHECK(have == want || have == 1, op, "`mask` has size ", have, " where `scores` has ", want, " (dimension ",
-                d, "), which does not broadcast");
-      stride = have == 1 ? 0 : mask.stride(d - missing);
-    }
-    if (d == dims - 1) {
-      a.mask_key_stride = stride;
-    } else {
-      a.sizes[d] = scores.size(d);
-      a.mask_strides[d] = stride;
-    }
-  }
-  a.dims = static_cast<int>(dims - 1);
-}
-
 std::tuple<Tensor, Tensor> masked_softmax(Tensor scores, MaybeTensor mask, MaybeTensor seed, double scale, double dropout) {
   const char* op = "masked_softmax";
   check_floating(op, "scores", scores);
@@ -55,22 +32,14 @@ std::tuple<Tensor, Tensor> masked_softmax(Tensor scores, MaybeTensor mask, Maybe
   a.window = kNoWindow;
   MaybeTensor m;
   if (mask) {
-    m = mask;
-    const ScalarType type = m->scalar_type(), wide = wide_type(scores.scalar_type());
-    MLM_CHECK(type == ScalarType::Bool || is_floating(type), op, "`mask` must be bool or floating, got ", dtype_name(type));
-    if (type == ScalarType::Bool)
-      a.mask_kind = kBoolMask;
-    else if (type == wide)
-      a.mask_kind = kFloatMask;
-    else if (type == scores.scalar_type())
-      a.mask_kind = kSameMask;
-    else {
-      m = torch::stable::to(*m, wide);
-      a.mask_kind = kFloatMask;
-    }
-    const int64_t last = m->dim() - 1;
-    if (last >= 0 && m->size(last) > 1 && m->stride(last) != 1) m = torch::stable::contiguous(*m);
-    set_mask(a, op, *m, scores);
+    MaskType type;
+    m = readable_mask(op, *mask, scores, &type);
+    a.mask_kind = type == MaskType::kBool ? kBoolMask : type == MaskType::kWide ? kFloatMask : kSameMask;
+    const MaskLayout layout = mask_layout(op, *m, scores);
+    a.dims = layout.dims;
+    std::copy(layout.sizes, layout.sizes + kMaxMaskDims, a.sizes);
+    std::copy(layout.strides, layout.strides + kMaxMaskDims, a.mask_strides);
+    a.mask_key_stride = layout.key_stride;
     a.mask = pointer(m);
   }
   return run_forward(a, op, scores, scale, dropout, seed);

@@ -110,7 +110,7 @@ def test_cuda_sources_compile_and_link(tmp_path: Path, monkeypatch: pytest.Monke
     library = compiler.build_cuda(tmp_path, nvcc=nvcc)
     names = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout
     for operator in ("layer_norm", "residual_norm_backward", "softmax_backward", "bias_gelu", "cross_entropy_stats"):
-        assert f"mlm::(anonymous namespace)::{operator}(" in names
+        assert f"mlm::cuda::(anonymous namespace)::{operator}(" in names
     assert (
         shutil.which("cuobjdump") is None
         or "sm_90" in subprocess.run(["cuobjdump", "--list-elf", str(library)], capture_output=True, text=True).stdout

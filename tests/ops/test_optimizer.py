@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 def test_adamw_follows_torchs(size: int, copy_dtype: torch.dtype | None, grad_dtype: torch.dtype) -> None:
     start = torch.randn(size)
     exact = torch.nn.Parameter(start.double())
-    settings = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    settings = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer = torch.optim.AdamW([exact], foreach=False, **settings)
     master, exp_avg, exp_avg_sq = start.clone(), torch.zeros(size), torch.zeros(size)
     copy = None if copy_dtype is None else torch.zeros(size, dtype=copy_dtype)
@@ -36,7 +36,7 @@ def test_adamw_follows_torchs(size: int, copy_dtype: torch.dtype | None, grad_dt
 
 def test_bad_input_is_named() -> None:
     four = [torch.zeros(4) for _ in range(4)]
-    rest = dict(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+    rest = {"lr": 1.0, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0}
     with pytest.raises(RuntimeError, match="`step` counts from 1, got 0"):
         ops.adamw_(*four, step=0, **rest)
     with pytest.raises(RuntimeError, match="`grad` must have the 4 elements of `master`, got 5"):

@@ -28,7 +28,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 def _run_all(dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(1)
-    x, residual, grad = (torch.randn(1003, 200).to(dtype).requires_grad_() for _ in range(3))
+    x, residual = (torch.randn(1003, 200).to(dtype).requires_grad_() for _ in range(2))
     weight, bias = torch.randn(200).to(dtype).requires_grad_(), torch.randn(200).to(dtype).requires_grad_()
     scores = torch.randn(4, 3, 130, 131).to(dtype).requires_grad_()
     out: list[Tensor] = []
@@ -50,7 +50,7 @@ def _run_all(dtype: torch.dtype) -> list[Tensor]:
     out.extend([top, total, target])
     out.append(ops.cross_entropy_grad_(logits, labels, top + total.log(), torch.ones(301), 0, 770))
     state = [torch.randn(100_001) for _ in range(3)] + [torch.rand(100_001)]
-    settings = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=2)
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "step": 2}
     ops.adamw_(state[0], state[1].to(dtype), state[2], state[3], **settings)
     return [t.detach().clone() for t in [*out, *state]]
 

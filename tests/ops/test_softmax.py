@@ -85,8 +85,13 @@ def test_masks_broadcast_as_torch_does(mask_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize(
     "queries,keys,offset,window",
-    [(8, 8, 0, None), (1, 1, 0, None), (65, 65, 0, None), (1, 100, 99, None), (7, 50, 43, None), (33, 129, 40, 17)]
-    + [
+    [
+        (8, 8, 0, None),
+        (1, 1, 0, None),
+        (65, 65, 0, None),
+        (1, 100, 99, None),
+        (7, 50, 43, None),
+        (33, 129, 40, 17),
         (40, 40, 0, 1),
         (40, 40, -5, None),
         (20, 10, 0, None),
