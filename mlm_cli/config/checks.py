@@ -27,6 +27,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
+        found += _rollback(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -108,6 +109,15 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
             ("schedule.min_lr", "optimizer.lr"),
             f"`schedule.min_lr` {schedule.min_lr:g} is above `optimizer.lr` {recipe.optimizer.lr:g}",
             f"use `schedule.min_lr={recipe.optimizer.lr / 10:g}`",
+        )
+
+
+def _rollback(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.train.on_bad_loss == "rollback" and recipe.checkpoint.every == 0:
+        yield Mistake(
+            ("train.on_bad_loss", "checkpoint.every"),
+            "`train.on_bad_loss` rollback needs checkpoints to go back to, and `checkpoint.every` is 0",
+            f"use `checkpoint.every={max(1, recipe.train.steps // 20)}`, or `train.on_bad_loss=skip`",
         )
 
 

@@ -29,6 +29,7 @@ from mlm_cli.evaluation.classify import ClassificationEvaluator
 from mlm_cli.jobs.training_parts import (
     FREE_MODEL_KEYS,
     build_monitor,
+    build_numerics,
     build_schedule,
     free_settings,
     optimizer_settings,
@@ -209,6 +210,7 @@ def _run(
     )
     # FLOP/s are not reported: they depend on the lengths of the texts.
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=None)
+    numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     with closing(monitor):
         position, received = train(
             plan,
@@ -222,6 +224,7 @@ def _run(
             checkpointer=checkpointer,
             monitor=monitor,
             stop=session.stop,
+            numerics=numerics,
         )
     if received is not None:
         code = exit_code(received)

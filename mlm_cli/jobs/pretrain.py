@@ -28,6 +28,7 @@ from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
     FREE_MODEL_KEYS,
     build_monitor,
+    build_numerics,
     build_schedule,
     free_settings,
     optimizer_settings,
@@ -113,6 +114,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         num_workers=recipe.data.num_workers,
     )
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
+    numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     _say_plan(recipe, batch, parallel, engine.name, dtype)
     with closing(monitor), closing(supply):  # type: ignore[type-var]
         position, received = train(
@@ -127,6 +129,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             checkpointer=checkpointer,
             monitor=monitor,
             stop=session.stop,
+            numerics=numerics,
         )
     return _finish(session, position, received)
 

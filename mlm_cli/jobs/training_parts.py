@@ -8,15 +8,18 @@ import numpy as np
 import torch
 
 from mlm_cli import log
+from mlm_cli.checkpoint.load import find_newest, load_state
+from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.gpt import GPT
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams, key_of
-from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.engine import Engine, OptimizerSettings
 from mlm_cli.training.metrics import find_peak
 from mlm_cli.training.monitor import Monitor
+from mlm_cli.training.numerics import Numerics, Policy
 from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session
 
@@ -68,6 +71,28 @@ def build_schedule(recipe: Recipe) -> Schedule:
         decay_steps=section.decay_steps,
         min_lr=section.min_lr,
     )
+
+
+def build_numerics(
+    session: Session,
+    engine: Engine,
+    streams: RandomStreams,
+    parallel: ParallelContext,
+    checkpointer: Checkpointer,
+    position: Position,
+) -> Numerics:
+    """The policy for bad losses. A run that may have to go back saves its beginning too."""
+    section = session.recipe.train
+    policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+
+    def rollback() -> Position:
+        found = find_newest(session.run)
+        assert found is not None, "a run that rolls back has saved its first step"
+        return load_state(found, engine, streams, parallel)
+
+    if policy.action == "rollback" and session.found is None:
+        checkpointer.save(position)
+    return Numerics(policy, rollback)
 
 
 def build_monitor(

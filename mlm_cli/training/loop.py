@@ -11,9 +11,10 @@ from typing import Any
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.training.agreement import agree_on_step, bad_gradient, bad_loss
+from mlm_cli.training.agreement import agree_on_step
 from mlm_cli.training.engine import Batch, Engine, Objective
 from mlm_cli.training.monitor import Monitor
+from mlm_cli.training.numerics import Numerics, Trouble
 from mlm_cli.training.stop import StopFlag
 
 # evaluator(model) -> values for the step's record, equal on all ranks, such as {"valid_loss": 2.5}
@@ -52,14 +53,16 @@ def train(
     checkpointer: Checkpointer,
     monitor: Monitor,
     stop: StopFlag,
+    numerics: Numerics | None = None,
 ) -> tuple[Position, signal.Signals | None]:
     """Train from ``start`` to ``plan.steps`` or a stop signal; the last position is always saved.
 
-    Returns where training stands, and the signal that stopped it (None: it is finished). Raises ``NumericsError`` when
-    a loss or gradient is not finite: the weights are those before the step.
+    Returns where training stands, and the signal that stopped it (None: it is finished). A loss or gradient that is bad
+    is never applied to the weights; raises ``NumericsError`` where ``numerics`` does not go on.
     """
-    position, tokens = start, int(start.extra.get("tokens", 0))
-    for step in range(start.step + 1, plan.steps + 1):
+    position, numerics = start, numerics or Numerics()
+    while position.step < plan.steps:
+        step, lr = position.step + 1, schedule(position.step + 1)
         monitor.begin_step()
 
         # the micro-batches of this rank
@@ -71,16 +74,36 @@ def train(
 
         # every rank learns the mean loss, and whether anyone saw a NaN or a signal (host sync)
         report = agree_on_step(outcomes, stop, parallel)
-        if not report.finite:
-            raise bad_loss(step, outcomes, micro_batches, parallel)
+        trouble = numerics.judge(step, report, position)
 
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
-        grad_norm = engine.step(lr := schedule(step))
-        if not math.isfinite(grad_norm):
-            raise bad_gradient(step, grad_norm, micro_batches)
+        if trouble is None:
+            grad_norm = engine.step(lr)
+            trouble = None if math.isfinite(grad_norm) else Trouble(step, "gradient", grad_norm)
+        else:
+            engine.discard()
 
-        tokens += report.tokens
-        position = position.after(step, plan.global_batch_size, tokens=tokens)
+        # where training stands now; after trouble: behind the step without its update, or back at a checkpoint
+        if trouble is None:
+            tokens = int(position.extra.get("tokens", 0)) + report.tokens
+            position = position.after(step, plan.global_batch_size, tokens=tokens)
+            position = numerics.accept(report.loss, position)
+        else:
+            position = numerics.handle(
+                trouble,
+                position,
+                plan.global_batch_size,
+                model=engine.model,
+                objective=objective,
+                outcomes=outcomes,
+                batches=micro_batches,
+                parallel=parallel,
+            )
+            if position.step < step:
+                monitor.went_back(position.step)
+                if report.stop is not None:
+                    return position, report.stop
+                continue
         monitor.end_step(report.tokens)
 
         # validation
@@ -88,13 +111,16 @@ def train(
         values: dict[str, float] = {}
         if evaluator is not None and _due(step, plan.evaluate_every, step == plan.steps) and report.stop is None:
             values = evaluator(engine.model)
-        record = {"loss": report.loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **values}
-        monitor.record(step, record, force=bool(values) or last)
+        known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
+        told = numerics.take_record()
+        record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
+        monitor.record(step, record, force=bool(values or told) or last)
 
         # checkpoint
         wanted = plan.checkpoint_when is not None and bool(values) and plan.checkpoint_when(step, values)
         if last or wanted or _due(step, plan.checkpoint_every, False):
-            monitor.saved(step, checkpointer.save(position, {"loss": report.loss, **values}))
+            metrics = {**({"loss": report.loss} if trouble is None else {}), **values}
+            monitor.saved(step, checkpointer.save(position, metrics))
         if report.stop is not None:
             return position, report.stop
     return position, None
