@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlm_cli.config.derived import model_parallel_size
+from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
@@ -28,6 +29,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
         found += _rollback(recipe)
+        found += _time_limit(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -118,6 +120,19 @@ def _rollback(recipe: Recipe) -> Iterator[Mistake]:
             ("train.on_bad_loss", "checkpoint.every"),
             "`train.on_bad_loss` rollback needs checkpoints to go back to, and `checkpoint.every` is 0",
             f"use `checkpoint.every={max(1, recipe.train.steps // 20)}`, or `train.on_bad_loss=skip`",
+        )
+
+
+def _time_limit(recipe: Recipe) -> Iterator[Mistake]:
+    limit = recipe.train.time_limit
+    try:
+        if limit is not None:
+            parse_duration(limit)
+    except ValueError:
+        yield Mistake(
+            ("train.time_limit",),
+            f"`train.time_limit` is `{limit}`, which is no length of time",
+            "minutes or H:MM:SS, for example `train.time_limit=90` or `train.time_limit=1:30:00`",
         )
 
 

@@ -84,6 +84,11 @@ class TrainSection(Section):
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
     )
     compile: bool = False
+    time_limit: str | float | None = Field(
+        default=None,
+        description="minutes or H:MM:SS from the start of the command, then save and exit with code 75; Slurm's end of"
+        " the job is kept in any case",
+    )
     on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
         description="loss or gradient not finite, or a spike, is never applied; then: exit with code 5, skip the batch,"

@@ -23,6 +23,7 @@ from mlm_cli.training.numerics import Numerics, Policy
 from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session
 
+_SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
 
@@ -90,6 +91,9 @@ def build_numerics(
         assert found is not None, "a run that rolls back has saved its first step"
         return load_state(found, engine, streams, parallel)
 
+    saving = checkpointer.bytes_needed() / _SLOW_DISK  # a collective: also on ranks without a deadline
+    if session.stop.deadline is not None:
+        session.stop.deadline.saving = saving
     if policy.action == "rollback" and session.found is None:
         checkpointer.save(position)
     return Numerics(policy, rollback)

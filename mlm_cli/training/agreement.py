@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.engine import Outcome
-from mlm_cli.training.stop import SIGNALS, StopFlag
+from mlm_cli.training.stop import CAUSES, Cause, StopFlag
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,13 @@ class StepReport:
         loss: mean over micro-batches and data ranks.
         tokens: of the step, over all data ranks.
         finite: no micro-batch anywhere had a loss that is not a finite number.
-        stop: the signal that some rank received.
+        stop: the signal that some rank received, or the end of its time.
     """
 
     loss: float
     tokens: int
     finite: bool
-    stop: signal.Signals | None
+    stop: Cause | None
 
 
 def agree_on_step(outcomes: Sequence[Outcome], stop: StopFlag, parallel: ParallelContext) -> StepReport:
@@ -45,5 +44,5 @@ def agree_on_step(outcomes: Sequence[Outcome], stop: StopFlag, parallel: Paralle
         loss=summed[0] / parallel.world.size,
         tokens=round(summed[1] / copies),
         finite=summed[2] == 0,
-        stop=stop.agreed(summed[3 : 3 + len(SIGNALS)]),
+        stop=stop.agreed(summed[3 : 3 + len(CAUSES)]),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from mlm_cli.training.agreement import agree_on_step
 from mlm_cli.training.engine import Batch, Engine, Objective
 from mlm_cli.training.monitor import Monitor
 from mlm_cli.training.numerics import Numerics, Trouble
-from mlm_cli.training.stop import StopFlag
+from mlm_cli.training.stop import Cause, Interrupted, StopFlag
 
 # evaluator(model) -> values for the step's record, equal on all ranks, such as {"valid_loss": 2.5}
 Evaluator = Callable[[Any], dict[str, float]]
@@ -54,13 +53,15 @@ def train(
     monitor: Monitor,
     stop: StopFlag,
     numerics: Numerics | None = None,
-) -> tuple[Position, signal.Signals | None]:
-    """Train from ``start`` to ``plan.steps`` or a stop signal; the last position is always saved.
+) -> tuple[Position, Cause | None]:
+    """Train from ``start`` to ``plan.steps`` or until told to stop; the last position is always saved.
 
-    Returns where training stands, and the signal that stopped it (None: it is finished). A loss or gradient that is bad
+    Returns where training stands, and what stopped it (None: it is finished). A loss or gradient that is bad
     is never applied to the weights; raises ``NumericsError`` where ``numerics`` does not go on.
     """
     position, numerics = start, numerics or Numerics()
+    if (cause := stop.agree(parallel)) is not None:  # while everything was being loaded
+        return position, cause
     while position.step < plan.steps:
         step, lr = position.step + 1, schedule(position.step + 1)
         monitor.begin_step()
@@ -101,16 +102,19 @@ def train(
             )
             if position.step < step:
                 monitor.went_back(position.step)
-                if report.stop is not None:
-                    return position, report.stop
+                if (cause := report.stop) is not None:
+                    return position, cause
                 continue
         monitor.end_step(report.tokens)
 
         # validation
-        last = step == plan.steps or report.stop is not None
-        values: dict[str, float] = {}
-        if evaluator is not None and _due(step, plan.evaluate_every, step == plan.steps) and report.stop is None:
-            values = evaluator(engine.model)
+        cause, values = report.stop, {}
+        if evaluator is not None and _due(step, plan.evaluate_every, step == plan.steps) and cause is None:
+            try:
+                values = evaluator(engine.model)
+            except Interrupted as interrupted:
+                cause = interrupted.cause
+        last = step == plan.steps or cause is not None
         known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
         told = numerics.take_record()
         record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
@@ -121,8 +125,8 @@ def train(
         if last or wanted or _due(step, plan.checkpoint_every, False):
             metrics = {**({"loss": report.loss} if trouble is None else {}), **values}
             monitor.saved(step, checkpointer.save(position, metrics))
-        if report.stop is not None:
-            return position, report.stop
+        if cause is not None:
+            return position, cause
     return position, None
 
 
