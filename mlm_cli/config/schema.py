@@ -84,6 +84,12 @@ class TrainSection(Section):
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
     )
     compile: bool = False
+    heartbeat: float = Field(
+        default=120.0,
+        ge=0,
+        description="seconds without progress after which a rank hangs: all stacks go to logs/, exit code 6; 0: never"
+        " (five times as long until the first step is done)",
+    )
     time_limit: str | float | None = Field(
         default=None,
         description="minutes or H:MM:SS from the start of the command, then save and exit with code 75; Slurm's end of"

@@ -35,6 +35,7 @@ from mlm_cli.jobs.training_parts import (
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    watch_ranks,
 )
 from mlm_cli.models.gpt import build_gpt
 from mlm_cli.models.heads import SequenceClassifier
@@ -66,8 +67,8 @@ def run(recipe: Recipe) -> int:
     The checkpoint with the best ``task.metric`` on the dev file stays, and the run folder's ``best`` names it.
 
     Returns:
-        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when a signal or the time limit stopped it, with
-        a checkpoint.
+        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when it was stopped by a signal or by its time
+        limit, with a checkpoint.
 
     Raises:
         MlmError: see DESIGN section 1 for the exit codes.
@@ -90,7 +91,10 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
         batch = batch_arithmetic(recipe, parallel.world.size)
         recipe = _with_model(recipe, source, tokenizer)
         data = agree.all_succeed(lambda: read_task(task, tokenizer, recipe.model.seq_length))
-        with open_session(_with_steps(recipe, task, batch, len(data.train)), stop) as session:
+        with (
+            open_session(_with_steps(recipe, task, batch, len(data.train)), stop) as session,
+            watch_ranks(session, parallel),
+        ):
             return _run(session, tokenizer, data, batch, parallel, source)
     finally:
         distributed.shutdown()

@@ -33,6 +33,7 @@ from mlm_cli.jobs.training_parts import (
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
 from mlm_cli.models.gpt import GPT, build_gpt
@@ -51,8 +52,8 @@ def run(recipe: Recipe) -> int:
     """Pretrain, or go on pretraining, on every rank of the job.
 
     Returns:
-        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when a signal or the time limit stopped it, with
-        a checkpoint.
+        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when it was stopped by a signal or by its time
+        limit, with a checkpoint.
 
     Raises:
         MlmError: see DESIGN section 1 for the exit codes.
@@ -71,7 +72,7 @@ def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
         )
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)
-        with open_session(_fill_in(recipe, tokenizer, batch), stop) as session:
+        with open_session(_fill_in(recipe, tokenizer, batch), stop) as session, watch_ranks(session, parallel):
             return _run(session, tokenizer, batch, parallel)
     finally:
         distributed.shutdown()

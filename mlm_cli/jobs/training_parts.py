@@ -12,6 +12,7 @@ from mlm_cli.checkpoint.load import find_newest, load_state
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.errors import RankLostError
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.gpt import GPT
 from mlm_cli.parallel.context import ParallelContext
@@ -22,6 +23,7 @@ from mlm_cli.training.monitor import Monitor
 from mlm_cli.training.numerics import Numerics, Policy
 from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session
+from mlm_cli.training.watchdog import Watchdog, limit_waits
 
 _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
@@ -97,6 +99,17 @@ def build_numerics(
     if policy.action == "rollback" and session.found is None:
         checkpointer.save(position)
     return Numerics(policy, rollback)
+
+
+def watch_ranks(session: Session, parallel: ParallelContext) -> Watchdog:
+    """The heartbeat of this rank; enter it as soon as the run folder is open."""
+    limit = session.recipe.train.heartbeat
+    limit_waits(parallel, limit)
+
+    def on_hang(verdict: str) -> None:
+        session.status.update("failed", exit_code=RankLostError.exit_code, message=verdict)
+
+    return Watchdog(parallel.world.rank, parallel.world.size, limit, on_hang=on_hang)
 
 
 def build_monitor(

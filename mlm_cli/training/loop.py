@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mlm_cli import heartbeat
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.parallel.context import ParallelContext
@@ -59,7 +60,7 @@ def train(
     Returns where training stands, and what stopped it (None: it is finished). A loss or gradient that is bad
     is never applied to the weights; raises ``NumericsError`` where ``numerics`` does not go on.
     """
-    position, numerics = start, numerics or Numerics()
+    position, numerics, beating = start, numerics or Numerics(), _beating(objective)
     if (cause := stop.agree(parallel)) is not None:  # while everything was being loaded
         return position, cause
     while position.step < plan.steps:
@@ -71,7 +72,7 @@ def train(
             micro_batches = [_to_device(next(batches), parallel) for _ in range(plan.accumulation)]
 
         # forward and backward of each; gradients add up in the engine
-        outcomes = engine.accumulate(objective, micro_batches)
+        outcomes = engine.accumulate(beating, micro_batches)
 
         # every rank learns the mean loss, and whether anyone saw a NaN or a signal (host sync)
         report = agree_on_step(outcomes, stop, parallel)
@@ -106,6 +107,7 @@ def train(
                     return position, cause
                 continue
         monitor.end_step(report.tokens)
+        heartbeat.first_step_done()
 
         # validation
         cause, values = report.stop, {}
@@ -136,3 +138,13 @@ def _due(step: int, every: int, at_end: bool) -> bool:
 
 def _to_device(batch: Batch, parallel: ParallelContext) -> Batch:
     return {name: tensor.to(parallel.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _beating(objective: Objective) -> Objective:
+    """The objective, giving a sign of life with every micro-batch."""
+
+    def beating(model: Any, batch: Batch) -> Any:
+        heartbeat.beat()
+        return objective(model, batch)
+
+    return beating

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mlm_cli import heartbeat
 from mlm_cli.data.loader import collate
 from mlm_cli.parallel.context import ParallelContext
 
@@ -54,6 +55,7 @@ class Validator:
         total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # summed loss, tokens
         stride = self.micro_batch_size * self.parallel.data.size
         for start in range(0, self.num_samples, stride):
+            heartbeat.beat()
             self.interrupt()
             first = start + self.parallel.data.rank * self.micro_batch_size
             if first >= self.num_samples:
