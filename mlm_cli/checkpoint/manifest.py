@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlm_cli import heartbeat
 from mlm_cli.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_CHUNK = 1 << 20  # bytes hashed at once
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,12 @@ class Manifest:
 
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file, read in one pass."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+    with path.open("rb", buffering=0) as file:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            heartbeat.beat()
+        return FileRecord(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 def list_files(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mlm_cli import heartbeat
 from mlm_cli.checkpoint.manifest import FileRecord
 
 _DTYPES = {
@@ -52,6 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             for start in range(0, len(view), _CHUNK):
                 chunk = view[start : start + _CHUNK]
                 digest.update(chunk)
+                heartbeat.beat()
                 while chunk:
                     written = file.write(chunk)
                     size += written

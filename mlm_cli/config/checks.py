@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlm_cli.config.derived import model_parallel_size
+from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
@@ -27,6 +28,8 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
+        found += _rollback(recipe)
+        found += _time_limit(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -108,6 +111,28 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
             ("schedule.min_lr", "optimizer.lr"),
             f"`schedule.min_lr` {schedule.min_lr:g} is above `optimizer.lr` {recipe.optimizer.lr:g}",
             f"use `schedule.min_lr={recipe.optimizer.lr / 10:g}`",
+        )
+
+
+def _rollback(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.train.on_bad_loss == "rollback" and recipe.checkpoint.every == 0:
+        yield Mistake(
+            ("train.on_bad_loss", "checkpoint.every"),
+            "`train.on_bad_loss` rollback needs checkpoints to go back to, and `checkpoint.every` is 0",
+            f"use `checkpoint.every={max(1, recipe.train.steps // 20)}`, or `train.on_bad_loss=skip`",
+        )
+
+
+def _time_limit(recipe: Recipe) -> Iterator[Mistake]:
+    limit = recipe.train.time_limit
+    try:
+        if limit is not None:
+            parse_duration(limit)
+    except ValueError:
+        yield Mistake(
+            ("train.time_limit",),
+            f"`train.time_limit` is `{limit}`, which is no length of time",
+            "minutes or H:MM:SS, for example `train.time_limit=90` or `train.time_limit=1:30:00`",
         )
 
 

@@ -84,6 +84,27 @@ class TrainSection(Section):
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
     )
     compile: bool = False
+    heartbeat: float = Field(
+        default=120.0,
+        ge=0,
+        description="seconds without progress after which a rank hangs: all stacks go to logs/, exit code 6; 0: never"
+        " (five times as long until the first step is done)",
+    )
+    time_limit: str | float | None = Field(
+        default=None,
+        description="minutes or H:MM:SS from the start of the command, then save and exit with code 75; Slurm's end of"
+        " the job is kept in any case",
+    )
+    on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="loss or gradient not finite, or a spike, is never applied; then: exit with code 5, skip the batch,"
+        " or go back to the last checkpoint and skip the samples since",
+    )
+    spike_zscore: float = Field(
+        default=0.0, ge=0, description="robust standard deviations above the recent losses that make a spike; 0: never"
+    )
+    spike_window: int = Field(default=100, ge=10, description="recent losses that a spike is measured against")
+    max_bad_steps: int = Field(default=10, ge=0, description="skips or rollbacks of a run before it stops all the same")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

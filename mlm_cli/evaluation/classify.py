@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mlm_cli import heartbeat
 from mlm_cli.evaluation.results import TaskResult
 from mlm_cli.tasks.classification import Features, confusion_matrix, evaluation_batches, scores, standard_errors
 
@@ -61,6 +62,7 @@ class ClassificationEvaluator:
             total[:-1] += torch.from_numpy(counts.ravel()).to(device)
             total[-1] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
             done += len(labels)
+            heartbeat.beat()
             if on_batch is not None:
                 on_batch(done, mine)
         model.train(was_training)

@@ -29,11 +29,13 @@ from mlm_cli.evaluation.classify import ClassificationEvaluator
 from mlm_cli.jobs.training_parts import (
     FREE_MODEL_KEYS,
     build_monitor,
+    build_numerics,
     build_schedule,
     free_settings,
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    watch_ranks,
 )
 from mlm_cli.models.gpt import build_gpt
 from mlm_cli.models.heads import SequenceClassifier
@@ -47,7 +49,7 @@ from mlm_cli.training.engine import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
-from mlm_cli.training.stop import exit_code
+from mlm_cli.training.stop import StopFlag, exit_code, find_deadline
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def run(recipe: Recipe) -> int:
     The checkpoint with the best ``task.metric`` on the dev file stays, and the run folder's ``best`` names it.
 
     Returns:
-        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when a signal stopped it with a checkpoint.
+        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when it was stopped by a signal or by its time
+        limit, with a checkpoint.
 
     Raises:
         MlmError: see DESIGN section 1 for the exit codes.
@@ -74,6 +77,11 @@ def run(recipe: Recipe) -> int:
     task = recipe.task
     if task is None or recipe.init_from is None:
         raise UsageError("fine-tuning needs `task` and `init_from`", hint="start from `mlm recipe show finetune/sst2`")
+    with StopFlag(find_deadline(recipe.train.time_limit)).listening() as stop:
+        return _run_ranks(recipe, task, recipe.init_from, stop)
+
+
+def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag) -> int:
     env = distributed.init()
     if env.device.type == "cpu":
         keep_freed_memory()
@@ -81,12 +89,15 @@ def run(recipe: Recipe) -> int:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
         )
-        source = resolve_model(recipe.init_from)
+        source = resolve_model(init_from)
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer or str(source)))
         batch = batch_arithmetic(recipe, parallel.world.size)
         recipe = _with_model(recipe, source, tokenizer)
         data = agree.all_succeed(lambda: read_task(task, tokenizer, recipe.model.seq_length))
-        with open_session(_with_steps(recipe, task, batch, len(data.train))) as session:
+        with (
+            open_session(_with_steps(recipe, task, batch, len(data.train)), stop) as session,
+            watch_ranks(session, parallel),
+        ):
             return _run(session, tokenizer, data, batch, parallel, source)
     finally:
         distributed.shutdown()
@@ -212,6 +223,7 @@ def _run(
     )
     # FLOP/s are not reported: they depend on the lengths of the texts.
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=None)
+    numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     with closing(monitor):
         position, received = train(
             plan,
@@ -225,11 +237,13 @@ def _run(
             checkpointer=checkpointer,
             monitor=monitor,
             stop=session.stop,
+            numerics=numerics,
         )
     if received is not None:
         code = exit_code(received)
         session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
-        log.info(f"{received.name}: stopped after step {position.step:,}, checkpoint saved; the same command goes on")
+        saved = ", checkpoint saved" if position.step else ""
+        log.info(f"{received.name}: stopped after step {position.step:,}{saved}; the same command goes on")
         return code
     session.status.update("finished", step=position.step, exit_code=0)
     log.info(f"{session.run}: {position.step:,} steps done{best.describe()}")

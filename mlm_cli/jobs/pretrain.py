@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 from contextlib import closing
 from hashlib import sha256
@@ -28,11 +27,13 @@ from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
     FREE_MODEL_KEYS,
     build_monitor,
+    build_numerics,
     build_schedule,
     free_settings,
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
 from mlm_cli.models.gpt import GPT, build_gpt
@@ -43,7 +44,7 @@ from mlm_cli.training.engine import Engine, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
-from mlm_cli.training.stop import exit_code
+from mlm_cli.training.stop import Cause, StopFlag, exit_code, find_deadline
 from mlm_cli.training.validation import Validator
 
 
@@ -51,11 +52,17 @@ def run(recipe: Recipe) -> int:
     """Pretrain, or go on pretraining, on every rank of the job.
 
     Returns:
-        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when a signal stopped it with a checkpoint.
+        0 when the run has taken all its steps; 75 (or 130 after Ctrl-C) when it was stopped by a signal or by its time
+        limit, with a checkpoint.
 
     Raises:
         MlmError: see DESIGN section 1 for the exit codes.
     """
+    with StopFlag(find_deadline(recipe.train.time_limit)).listening() as stop:
+        return _run_ranks(recipe, stop)
+
+
+def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
     env = distributed.init()
     if env.device.type == "cpu":
         keep_freed_memory()
@@ -65,7 +72,7 @@ def run(recipe: Recipe) -> int:
         )
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)
-        with open_session(_fill_in(recipe, tokenizer, batch)) as session:
+        with open_session(_fill_in(recipe, tokenizer, batch), stop) as session, watch_ranks(session, parallel):
             return _run(session, tokenizer, batch, parallel)
     finally:
         distributed.shutdown()
@@ -113,6 +120,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         num_workers=recipe.data.num_workers,
     )
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
+    numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     _say_plan(recipe, batch, parallel, engine.name, dtype)
     with closing(monitor), closing(supply):  # type: ignore[type-var]
         position, received = train(
@@ -123,20 +131,22 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             build_schedule(recipe),
             start=position,
             parallel=parallel,
-            evaluator=_build_validator(valid_source, recipe, batch, parallel),
+            evaluator=_build_validator(valid_source, session, batch, parallel),
             checkpointer=checkpointer,
             monitor=monitor,
             stop=session.stop,
+            numerics=numerics,
         )
     return _finish(session, position, received)
 
 
-def _finish(session: Session, position: Position, received: signal.Signals | None) -> int:
+def _finish(session: Session, position: Position, received: Cause | None) -> int:
     """Say how it ended; returns the exit code."""
     if received is not None:
         code = exit_code(received)
         session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
-        log.info(f"{received.name}: stopped after step {position.step:,}, checkpoint saved; the same command goes on")
+        saved = ", checkpoint saved" if position.step else ""
+        log.info(f"{received.name}: stopped after step {position.step:,}{saved}; the same command goes on")
         return code
     session.status.update("finished", step=position.step, exit_code=0)
     log.info(f"{session.run}: {position.step:,} steps done, {session.run.checkpoint(position.step).name} saved")
@@ -260,9 +270,10 @@ def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # t
 
 
 def _build_validator(
-    source: SampleSource | None, recipe: Recipe, batch: Batch, parallel: ParallelContext
+    source: SampleSource | None, session: Session, batch: Batch, parallel: ParallelContext
 ) -> Validator | None:
     """A batch of validation is a global batch; no sample is used twice in one validation."""
+    recipe = session.recipe
     if source is None or recipe.evaluate.every == 0:
         return None
     return Validator(
@@ -270,6 +281,7 @@ def _build_validator(
         parallel,
         num_samples=min(recipe.evaluate.batches * batch.global_batch_size, source.samples_per_epoch),
         micro_batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
+        interrupt=lambda: session.stop.interrupt(parallel),
     )
 
 

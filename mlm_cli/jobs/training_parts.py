@@ -8,18 +8,24 @@ import numpy as np
 import torch
 
 from mlm_cli import log
+from mlm_cli.checkpoint.load import find_newest, load_state
+from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.errors import RankLostError
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.gpt import GPT
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams, key_of
-from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.engine import Engine, OptimizerSettings
 from mlm_cli.training.metrics import find_peak
 from mlm_cli.training.monitor import Monitor
+from mlm_cli.training.numerics import Numerics, Policy
 from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session
+from mlm_cli.training.watchdog import Watchdog, limit_waits
 
+_SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
 
@@ -68,6 +74,42 @@ def build_schedule(recipe: Recipe) -> Schedule:
         decay_steps=section.decay_steps,
         min_lr=section.min_lr,
     )
+
+
+def build_numerics(
+    session: Session,
+    engine: Engine,
+    streams: RandomStreams,
+    parallel: ParallelContext,
+    checkpointer: Checkpointer,
+    position: Position,
+) -> Numerics:
+    """The policy for bad losses. A run that may have to go back saves its beginning too."""
+    section = session.recipe.train
+    policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+
+    def rollback() -> Position:
+        found = find_newest(session.run)
+        assert found is not None, "a run that rolls back has saved its first step"
+        return load_state(found, engine, streams, parallel)
+
+    saving = checkpointer.bytes_needed() / _SLOW_DISK  # a collective: also on ranks without a deadline
+    if session.stop.deadline is not None:
+        session.stop.deadline.saving = saving
+    if policy.action == "rollback" and session.found is None:
+        checkpointer.save(position)
+    return Numerics(policy, rollback)
+
+
+def watch_ranks(session: Session, parallel: ParallelContext) -> Watchdog:
+    """The heartbeat of this rank; enter it as soon as the run folder is open."""
+    limit = session.recipe.train.heartbeat
+    limit_waits(parallel, limit)
+
+    def on_hang(verdict: str) -> None:
+        session.status.update("failed", exit_code=RankLostError.exit_code, message=verdict)
+
+    return Watchdog(parallel.world.rank, parallel.world.size, limit, on_hang=on_hang)
 
 
 def build_monitor(

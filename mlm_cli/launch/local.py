@@ -154,9 +154,13 @@ def report(verdict: Verdict, log_folder: Path, exits: dict[int, Exit]) -> None:
     culprit = verdict.culprit
     if culprit is None or (0 in exits and exits[0].code == verdict.code and verdict.code not in (1, RANK_LOST)):
         return
+    if culprit.code == RANK_LOST and 0 in exits and exits[0].code == RANK_LOST:
+        return  # rank 0 has named the rank that hangs, or that it lost
     path = log_folder / f"rank-{culprit.rank}.log"
     said = last_words(path) if culprit.rank > 0 else ""
-    if verdict.code == RANK_LOST:
+    if culprit.code == RANK_LOST and said.startswith("error: "):
+        log.error(said.splitlines()[0].removeprefix("error: "), None)
+    elif verdict.code == RANK_LOST:
         hint = f"its last words:\n{said}" if said else "`-v` shows more; its log is beside the others in `logs/`"
         log.error(f"rank {culprit.rank} of {len(exits)} was lost after {culprit.time:.0f} s: {culprit.cause}", hint)
     elif culprit.rank > 0:

@@ -110,7 +110,8 @@ def record_loss(run_folder: Path) -> None:
     path = run_folder / "status.json"
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
-        status.update(state="failed", exit_code=RANK_LOST, message="a rank was lost; see logs/")
+        if status.get("exit_code") != RANK_LOST:  # else a rank has said it better
+            status.update(state="failed", exit_code=RANK_LOST, message="a rank was lost; see logs/")
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
         scratch.replace(path)

@@ -66,6 +66,9 @@ class Engine(Protocol):
         When the norm is not finite nothing is applied to any weight.
         """
 
+    def discard(self) -> None:
+        """Forget the gradients in place of a ``step``: weights, moments and ``updates`` stay as they are."""
+
     def fragments(self) -> Sequence[Fragment]:
         """The optimizer state this rank owns, as live tensors."""
 

@@ -115,6 +115,15 @@ class DeepSpeedEngine:
         self._updates += 1
         return float(self._zero._global_grad_norm)
 
+    def discard(self) -> None:
+        """Spoil the gradients, so that DeepSpeed itself passes over the update and keeps its own counts right."""
+        held = getattr(self._zero, "fp32_groups_gradients_flat", None)  # BF16_Optimizer
+        if held is None:
+            held = [grad for grads in self._zero.averaged_gradients.values() for grad in grads or ()]
+        for grad in held:
+            grad.fill_(math.inf)
+        assert not math.isfinite(self.step(0.0)), "DeepSpeed applied an update that was to be discarded"
+
     def fragments(self) -> list[Fragment]:
         found = []
         for name, parameter in self._named:

@@ -87,10 +87,13 @@ class PlainEngine:
             factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0  # as torch.nn.utils.clip_grad_norm_
             self.updates += 1
             self._update(lr, scale * factor)
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
         for slot in self._slots:
             slot.param.grad = None
             slot.filled = False
-        return norm
 
     def _update(self, lr: float, grad_scale: float) -> None:
         beta1, beta2 = self.settings.betas

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mlm_cli import heartbeat
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.training.agreement import agree_on_step, bad_gradient, bad_loss
+from mlm_cli.training.agreement import agree_on_step
 from mlm_cli.training.engine import Batch, Engine, Objective
 from mlm_cli.training.monitor import Monitor
-from mlm_cli.training.stop import StopFlag
+from mlm_cli.training.numerics import Numerics, Trouble
+from mlm_cli.training.stop import Cause, Interrupted, StopFlag
 
 # evaluator(model) -> values for the step's record, equal on all ranks, such as {"valid_loss": 2.5}
 Evaluator = Callable[[Any], dict[str, float]]
@@ -52,14 +53,18 @@ def train(
     checkpointer: Checkpointer,
     monitor: Monitor,
     stop: StopFlag,
-) -> tuple[Position, signal.Signals | None]:
-    """Train from ``start`` to ``plan.steps`` or a stop signal; the last position is always saved.
+    numerics: Numerics | None = None,
+) -> tuple[Position, Cause | None]:
+    """Train from ``start`` to ``plan.steps`` or until told to stop; the last position is always saved.
 
-    Returns where training stands, and the signal that stopped it (None: it is finished). Raises ``NumericsError`` when
-    a loss or gradient is not finite: the weights are those before the step.
+    Returns where training stands, and what stopped it (None: it is finished). A loss or gradient that is bad
+    is never applied to the weights; raises ``NumericsError`` where ``numerics`` does not go on.
     """
-    position, tokens = start, int(start.extra.get("tokens", 0))
-    for step in range(start.step + 1, plan.steps + 1):
+    position, numerics, beating = start, numerics or Numerics(), _beating(objective)
+    if (cause := stop.agree(parallel)) is not None:  # while everything was being loaded
+        return position, cause
+    while position.step < plan.steps:
+        step, lr = position.step + 1, schedule(position.step + 1)
         monitor.begin_step()
 
         # the micro-batches of this rank
@@ -67,36 +72,63 @@ def train(
             micro_batches = [_to_device(next(batches), parallel) for _ in range(plan.accumulation)]
 
         # forward and backward of each; gradients add up in the engine
-        outcomes = engine.accumulate(objective, micro_batches)
+        outcomes = engine.accumulate(beating, micro_batches)
 
         # every rank learns the mean loss, and whether anyone saw a NaN or a signal (host sync)
         report = agree_on_step(outcomes, stop, parallel)
-        if not report.finite:
-            raise bad_loss(step, outcomes, micro_batches, parallel)
+        trouble = numerics.judge(step, report, position)
 
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
-        grad_norm = engine.step(lr := schedule(step))
-        if not math.isfinite(grad_norm):
-            raise bad_gradient(step, grad_norm, micro_batches)
+        if trouble is None:
+            grad_norm = engine.step(lr)
+            trouble = None if math.isfinite(grad_norm) else Trouble(step, "gradient", grad_norm)
+        else:
+            engine.discard()
 
-        tokens += report.tokens
-        position = position.after(step, plan.global_batch_size, tokens=tokens)
+        # where training stands now; after trouble: behind the step without its update, or back at a checkpoint
+        if trouble is None:
+            tokens = int(position.extra.get("tokens", 0)) + report.tokens
+            position = position.after(step, plan.global_batch_size, tokens=tokens)
+            position = numerics.accept(report.loss, position)
+        else:
+            position = numerics.handle(
+                trouble,
+                position,
+                plan.global_batch_size,
+                model=engine.model,
+                objective=objective,
+                outcomes=outcomes,
+                batches=micro_batches,
+                parallel=parallel,
+            )
+            if position.step < step:
+                monitor.went_back(position.step)
+                if (cause := report.stop) is not None:
+                    return position, cause
+                continue
         monitor.end_step(report.tokens)
+        heartbeat.first_step_done()
 
         # validation
-        last = step == plan.steps or report.stop is not None
-        values: dict[str, float] = {}
-        if evaluator is not None and _due(step, plan.evaluate_every, step == plan.steps) and report.stop is None:
-            values = evaluator(engine.model)
-        record = {"loss": report.loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **values}
-        monitor.record(step, record, force=bool(values) or last)
+        cause, values = report.stop, {}
+        if evaluator is not None and _due(step, plan.evaluate_every, step == plan.steps) and cause is None:
+            try:
+                values = evaluator(engine.model)
+            except Interrupted as interrupted:
+                cause = interrupted.cause
+        last = step == plan.steps or cause is not None
+        known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
+        told = numerics.take_record()
+        record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
+        monitor.record(step, record, force=bool(values or told) or last)
 
         # checkpoint
         wanted = plan.checkpoint_when is not None and bool(values) and plan.checkpoint_when(step, values)
         if last or wanted or _due(step, plan.checkpoint_every, False):
-            monitor.saved(step, checkpointer.save(position, {"loss": report.loss, **values}))
-        if report.stop is not None:
-            return position, report.stop
+            metrics = {**({"loss": report.loss} if trouble is None else {}), **values}
+            monitor.saved(step, checkpointer.save(position, metrics))
+        if cause is not None:
+            return position, cause
     return position, None
 
 
@@ -106,3 +138,13 @@ def _due(step: int, every: int, at_end: bool) -> bool:
 
 def _to_device(batch: Batch, parallel: ParallelContext) -> Batch:
     return {name: tensor.to(parallel.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _beating(objective: Objective) -> Objective:
+    """The objective, giving a sign of life with every micro-batch."""
+
+    def beating(model: Any, batch: Batch) -> Any:
+        heartbeat.beat()
+        return objective(model, batch)
+
+    return beating

@@ -27,9 +27,15 @@ class MetricsFile:
     """``metrics.jsonl``: one object a logged step; a resumed run first cuts what lies beyond its checkpoint."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
         if path.exists():
             _cut_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
+
+    def cut_after(self, step: int) -> None:
+        self._file.close()
+        _cut_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
@@ -83,7 +89,8 @@ class ProgressLine:
             sys.stderr.flush()
 
     def text(self, record: Mapping[str, Any], left: float | None) -> str:
-        parts = [f"step {record['step']:,}/{self.steps:,}", f"loss {record['loss']:.4f}"]
+        loss = "skipped" if record.get("loss") is None else f"loss {record['loss']:.4f}"
+        parts = [f"step {record['step']:,}/{self.steps:,}", loss]
         if record.get("valid_loss") is not None:
             parts.append(f"valid {record['valid_loss']:.4f}")
         parts += [f"{key} {value:.4f}" for key, value in record.items() if key.startswith("dev_")]
@@ -174,8 +181,15 @@ class Monitor:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self._board.add_scalar(key, value, step)
-        self.status.update("running", step=step, loss=_plain(record["loss"]))
+        self.status.update("running", step=step, loss=_plain(record.get("loss")))
         self._speed = Speed()
+
+    def went_back(self, step: int) -> None:
+        """Training goes on from an earlier step: later records are no longer the run's."""
+        if self._file is not None:
+            self.line.clear()
+            self._file.cut_after(step)
+        self._speed, self._warm = Speed(), False
 
     def saved(self, step: int, folder: Path) -> None:
         """A checkpoint is complete."""

@@ -62,11 +62,14 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe: Recipe) -> Iterator[Session]:
+def open_session(recipe: Recipe, stop: StopFlag | None = None) -> Iterator[Session]:
     """Take hold of ``recipe.output`` and find out where to go on.
 
     ``recipe`` must have ``train.global_batch_size`` and ``model.vocab_size`` filled in: its copy in the run folder
     resumes on any number of ranks. Errors that leave the block are noted in ``status.json``.
+
+    Args:
+        stop: listening already; None: one of its own listens while the block runs.
 
     Raises:
         UsageError: no output folder, in use, or holding another run.
@@ -76,9 +79,8 @@ def open_session(recipe: Recipe) -> Iterator[Session]:
         raise UsageError("no output folder", hint="set `output` in the recipe or give --output")
     run = RunFolder(recipe.output)
     writes = agree.rank() == 0
-    stop = StopFlag()
     with ExitStack() as stack:
-        stack.enter_context(stop.listening())
+        stop = stop or stack.enter_context(StopFlag().listening())
         agree.on_rank_zero(lambda: stack.enter_context(run.lock()))
         changes = agree.on_rank_zero(lambda: _prepare(run, recipe))
         found = _find(run, recipe)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from mlm_cli import heartbeat
 from mlm_cli.data.loader import collate
 from mlm_cli.parallel.context import ParallelContext
 
@@ -23,24 +24,46 @@ class Validator:
 
     The samples are dealt to the data ranks by micro-batch; losses are weighted by tokens and summed over data ranks.
     Models give ``loss(batch) -> (mean, number of tokens)``.
+
+    Args:
+        interrupt: called by all ranks before every round; may raise to leave the validation.
     """
 
-    def __init__(self, source: Source, parallel: ParallelContext, *, num_samples: int, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        parallel: ParallelContext,
+        *,
+        num_samples: int,
+        micro_batch_size: int,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
         self.source, self.parallel = source, parallel
         self.num_samples, self.micro_batch_size = num_samples, micro_batch_size
+        self.interrupt = interrupt
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
         was_training = model.training
         model.eval()
+        try:
+            return self._measure(model)
+        finally:
+            model.train(was_training)
+
+    def _measure(self, model: Any) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # summed loss, tokens
         stride = self.micro_batch_size * self.parallel.data.size
-        for first in range(self.parallel.data.rank * self.micro_batch_size, self.num_samples, stride):
+        for start in range(0, self.num_samples, stride):
+            heartbeat.beat()
+            self.interrupt()
+            first = start + self.parallel.data.rank * self.micro_batch_size
+            if first >= self.num_samples:
+                continue
             numbers = list(range(first, min(first + self.micro_batch_size, self.num_samples)))
             arrays = collate([self.source.get(number) for number in numbers], numbers)
             batch = {name: torch.from_numpy(array).to(self.parallel.device) for name, array in arrays.items()}
             mean, count = model.loss(batch)
             total += torch.stack([mean.double() * count, torch.as_tensor(count).double()])
-        model.train(was_training)
         summed, tokens = self.parallel.data.all_reduce_(total).tolist()
         return {"valid_loss": summed / max(tokens, 1.0)}
