@@ -27,6 +27,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
+        found += _engine(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -164,6 +165,23 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
             ("init_from",),
             "`init_from` is not set: no model to start from",
             "add `init_from=RUN`, a pretrained run or folder",
+        )
+
+
+def _engine(recipe: Recipe) -> Iterator[Mistake]:
+    """What cannot be combined, whatever the number of ranks."""
+    train, parallel = recipe.train, recipe.parallel
+    if train.engine == "deepspeed" and parallel.zero == 0:
+        yield Mistake(
+            ("train.engine", "parallel.zero"),
+            "`train.engine` deepspeed needs `parallel.zero` of 1, 2 or 3",
+            "use `parallel.zero=1`, or `train.engine=auto`",
+        )
+    if train.compile and parallel.zero == 3:
+        yield Mistake(
+            ("train.compile", "parallel.zero"),
+            "`train.compile` cannot follow weights that `parallel.zero` 3 gathers and lets go",
+            "use `parallel.zero=2`, or `train.compile=false`",
         )
 
 

@@ -115,7 +115,10 @@ class ParallelSection(Section):
 
     tensor: int = Field(default=1, ge=1)
     pipeline: Literal[1] = 1
-    zero: Literal[0, 1] = Field(default=1, description="ZeRO stage of the optimizer state")
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
 
 
 class CheckpointSection(Section):

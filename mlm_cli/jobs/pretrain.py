@@ -176,6 +176,7 @@ def _build_engine(
         dtype=dtype,
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
+        zero=recipe.parallel.zero,
         config_file=session.run.ds_config,
     )
     return model, engine, streams

@@ -49,19 +49,22 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         accumulate: gradients of several micro-batches are summed.
 
     bf16 counts 2 bytes a weight, and fp32 master, momentum and variance (12 bytes) divided by the data-parallel size
-    under ZeRO-1; gradients are fp32 while they accumulate. fp32 counts 4, 4 and 8 bytes.
+    under ZeRO-1; gradients are fp32 while they accumulate. fp32 counts 4, 4 and 8 bytes. ZeRO-2 divides the gradients
+    too, ZeRO-3 the weights (Rajbhandari et al. 2020, figure 1).
     """
     model, tensor = recipe.model, recipe.parallel.tensor
     half = recipe.train.precision != "fp32"
     params = parameters_per_rank(model, tensor)
-    shards = data_parallel_size if recipe.parallel.zero >= 1 else 1
+    shards, grad_shards, weight_shards = (
+        data_parallel_size if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3)
+    )
     width = 2 if half else 4
     tokens = recipe.train.micro_batch_size * model.seq_length
     activations = _activations(model, tensor, tokens, width, full_recompute=recipe.train.recompute == "full")
     rows = min(tokens, LOSS_CHUNK_TOKENS)
     return Memory(
-        weights=width * params,
-        gradients=(4 if accumulate or not half else 2) * params,
+        weights=width * params // weight_shards,
+        gradients=(4 if accumulate or not half else 2) * params // grad_shards,
         optimizer=(12 if half else 8) * params // shards,
         activations=activations,
         logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),

@@ -12,6 +12,8 @@ from mlm_cli.errors import UsageError
 from mlm_cli.launch import memory
 from mlm_cli.models.count import FLOPS_FORMULA, count_parameters, flops_per_token, parameter_parts
 
+ZERO_CUTS = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 share out over the data ranks
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -138,7 +140,7 @@ def as_text(plan: Plan) -> str:
         rows.append(
             (
                 f"  {name}",
-                gib(getattr(held, name)) + (f" (ZeRO-{plan.zero})" if name == "optimizer" and plan.zero else ""),
+                gib(getattr(held, name)) + (f" (ZeRO-{plan.zero})" if name in ZERO_CUTS[: plan.zero] else ""),
             )
         )
     if plan.seconds is None or plan.seconds_per_step is None:

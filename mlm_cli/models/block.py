@@ -65,6 +65,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
 
+    gathers_children = True  # ZeRO-3: parameters are used by other ways than their module's forward
+
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.hidden_dropout = model.hidden_dropout

@@ -126,6 +126,10 @@ class GPT(nn.Module):
         """Rows of the output layer of this rank, ``[v_local, h]``; the word embedding's where they are tied."""
         return self.embedding.word.weight if self.head.weight is None else self.head.weight
 
+    def read_outside(self) -> list[Tensor]:
+        """Parameters that are used outside of their module's ``forward`` (ZeRO-3 must know)."""
+        return [self.output_weight]
+
     def set_streams(self, streams: RandomStreams) -> None:
         """Draw dropout inside sliced regions from ``streams``."""
         self.streams = streams

@@ -53,6 +53,13 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
+            "data zero-2 bf16": {"parallel": {"zero": 2}, "train__precision": "bf16"},
+            "data zero-3 fp32": {"parallel": {"zero": 3}},
+            "data zero-3 bf16 recomputed": {
+                "parallel": {"zero": 3},
+                "train__precision": "bf16",
+                "train__recompute": "full",
+            },
         },
     ),
 }
@@ -81,9 +88,11 @@ def test_goes_on_in_another_layout(tmp_path: Path, run_ranks: Callable[..., list
     assert pretrain.run(make_recipe(data, moving, train__steps=4, **still)) == 0
     stages = [
         {"parallel": {"tensor": 2}, "train__steps": 8, **still},
-        {"train__steps": 10, **still},  # data 2, ZeRO-1 on DeepSpeed
+        {"parallel": {"zero": 3}, "train__steps": 9, **still},
+        {"parallel": {"zero": 2}, "train__steps": 10, **still},
+        {"train__steps": 11, **still},  # data 2, ZeRO-1 on DeepSpeed
     ]
-    assert run_ranks(_continue_elsewhere, 2, str(data), str(moving), stages) == [[0, 0], [0, 0]]
+    assert run_ranks(_continue_elsewhere, 2, str(data), str(moving), stages) == [[0] * len(stages)] * 2
     assert pretrain.run(make_recipe(data, moving, **still)) == 0
     assert losses(moving) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
     assert metrics(moving)[-1]["valid_loss"] == pytest.approx(
