@@ -18,7 +18,7 @@ from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, resolve_
 from mlm_cli.checkpoint.load import load_state
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
-from mlm_cli.config.derived import Batch, batch_arithmetic
+from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
 from mlm_cli.config.schema import Recipe
 from mlm_cli.config.shapes import check_slices
 from mlm_cli.data.loader import batches
@@ -189,6 +189,7 @@ def _plan(recipe: Recipe, batch: Batch) -> Plan:
         global_batch_size=batch.global_batch_size,
         checkpoint_every=recipe.checkpoint.every,
         evaluate_every=recipe.evaluate.every,
+        batch_at=lambda consumed: global_batch_at(consumed, batch.global_batch_size, recipe.train.rampup),
     )
 
 

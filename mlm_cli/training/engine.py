@@ -114,7 +114,7 @@ def build_engine(
     """Put a float32 model under an engine that computes in ``dtype``.
 
     Args:
-        accumulation: micro-batches of one update on this rank.
+        accumulation: most micro-batches of one update on this rank.
         zero: ZeRO stage of the DeepSpeed engine.
         config_file: where to leave a copy of what DeepSpeed was given.
     """

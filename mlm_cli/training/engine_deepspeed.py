@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         zero: int = 1,
         config_file: Path | None = None,
     ) -> None:
-        self.model, self.parallel, self.accumulation = model, parallel, accumulation
+        self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
         self._updates, self._stage = 0, zero
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for _, parameter in self._named:
@@ -108,6 +108,8 @@ class DeepSpeedEngine:
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         outcomes = []
+        if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
         for number, batch in enumerate(batches, start=1):
             loss, sums = self._deepspeed(objective, batch)
             self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last

@@ -28,6 +28,8 @@ class Plan:
         steps: updates of the whole run, counted from its very beginning.
         accumulation: micro-batches of one update on this rank.
         global_batch_size: samples of one update over all ranks.
+        batch_at: consumed samples -> samples of the next update, where batches grow; ``accumulation`` is that of whole
+            ones.
         checkpoint_when: given an evaluation's values, also save now? For keeping the best of a fine-tuning run.
     """
 
@@ -37,6 +39,12 @@ class Plan:
     checkpoint_every: int = 0
     evaluate_every: int = 0
     checkpoint_when: Callable[[int, dict[str, float]], bool] | None = None
+    batch_at: Callable[[int], int] | None = None
+
+    def batch(self, consumed_samples: int) -> tuple[int, int]:
+        """(samples, micro-batches of this rank) of the update after ``consumed_samples``."""
+        samples = self.global_batch_size if self.batch_at is None else self.batch_at(consumed_samples)
+        return samples, samples * self.accumulation // self.global_batch_size
 
 
 def train(
@@ -64,7 +72,8 @@ def train(
 
         # the micro-batches of this rank
         with monitor.waiting_for_data():
-            micro_batches = [_to_device(next(batches), parallel) for _ in range(plan.accumulation)]
+            samples, accumulation = plan.batch(position.consumed_samples)
+            micro_batches = [_to_device(next(batches), parallel) for _ in range(accumulation)]
 
         # forward and backward of each; gradients add up in the engine
         outcomes = engine.accumulate(objective, micro_batches)
@@ -80,7 +89,7 @@ def train(
             raise bad_gradient(step, grad_norm, micro_batches)
 
         tokens += report.tokens
-        position = position.after(step, plan.global_batch_size, tokens=tokens)
+        position = position.after(step, samples, tokens=tokens)
         monitor.end_step(report.tokens)
 
         # validation

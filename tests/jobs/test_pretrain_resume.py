@@ -34,6 +34,7 @@ def _check(folder: Path, names: list[str]) -> None:
         assert last < first, f"{name}: nothing was learned"
 
 
+RAMPUP = {"start": 2, "increment": 2, "samples": 16}
 CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank": (
         1,
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "plain fp32": {},
             "plain bf16": {"train__precision": "bf16"},
             "plain bf16 recomputed": {"train__precision": "bf16", "train__recompute": "full"},
+            "plain bf16 growing": {"train__precision": "bf16", "train__rampup": RAMPUP},
             "deepspeed fp32": {"train__engine": "deepspeed"},
             "deepspeed bf16": {"train__engine": "deepspeed", "train__precision": "bf16"},
         },
@@ -53,7 +55,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
-            "data zero-2 bf16": {"parallel": {"zero": 2}, "train__precision": "bf16"},
+            "data zero-2 bf16 growing": {"parallel": {"zero": 2}, "train__precision": "bf16", "train__rampup": RAMPUP},
             "data zero-3 fp32": {"parallel": {"zero": 3}},
             "data zero-3 bf16 recomputed": {
                 "parallel": {"zero": 3},
@@ -81,7 +83,8 @@ def _continue_elsewhere(rank: int, size: int, data: str, folder: str, stages: li
 def test_goes_on_in_another_layout(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     """Without dropout (whose masks belong to a layout), the loss goes on as in the straight run."""
     data = write_data(tmp_path / "data")
-    still = {"model__hidden_dropout": 0.0, "model__attention_dropout": 0.0}
+    growing = {"start": 2, "increment": 2, "samples": 16}  # whole batches from step 10 on
+    still = {"model__hidden_dropout": 0.0, "model__attention_dropout": 0.0, "train__rampup": growing}
     assert pretrain.run(make_recipe(data, tmp_path / "straight", **still)) == 0
 
     moving = tmp_path / "moving"
