@@ -166,6 +166,12 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
             "`train.rampup` is for pretraining alone",
             "use `train.rampup=null`, and schedule.warmup_steps",
         )
+    if recipe.parallel.sequence:
+        yield Mistake(
+            ("parallel.sequence",),
+            "`parallel.sequence` needs samples of one length, and texts differ",
+            "use `parallel.sequence=false`",
+        )
     if recipe.init_from is None:
         yield Mistake(
             ("init_from",),
@@ -182,6 +188,12 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             ("train.engine", "parallel.zero"),
             "`train.engine` deepspeed needs `parallel.zero` of 1, 2 or 3",
             "use `parallel.zero=1`, or `train.engine=auto`",
+        )
+    if parallel.sequence and recipe.model.seq_length % parallel.tensor:
+        yield Mistake(
+            ("parallel.sequence", "model.seq_length", "parallel.tensor"),
+            f"`model.seq_length` {recipe.model.seq_length} is not a multiple of `parallel.tensor` {parallel.tensor}",
+            "use `parallel.sequence=false`",
         )
     if train.compile and parallel.zero == 3:
         yield Mistake(

@@ -124,6 +124,9 @@ class ParallelSection(Section):
 
     tensor: int = Field(default=1, ge=1)
     pipeline: Literal[1] = 1
+    sequence: bool = Field(
+        default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",

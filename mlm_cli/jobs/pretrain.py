@@ -61,7 +61,10 @@ def run(recipe: Recipe) -> int:
         keep_freed_memory()
     try:
         parallel = ParallelContext.create(
-            tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
+            tensor=recipe.parallel.tensor,
+            pipeline=recipe.parallel.pipeline,
+            sequence=recipe.parallel.sequence,
+            device=env.device,
         )
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)

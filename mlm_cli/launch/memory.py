@@ -60,7 +60,8 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     )
     width = 2 if half else 4
     tokens = recipe.train.micro_batch_size * model.seq_length
-    activations = _activations(model, tensor, tokens, width, full_recompute=recipe.train.recompute == "full")
+    outer = tensor if recipe.parallel.sequence else 1
+    activations = _activations(model, tensor, outer, tokens, width, full_recompute=recipe.train.recompute == "full")
     rows = min(tokens, LOSS_CHUNK_TOKENS)
     return Memory(
         weights=width * params // weight_shards,
@@ -71,8 +72,11 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     )
 
 
-def _activations(model: ModelSection, tensor: int, tokens: int, width: int, *, full_recompute: bool) -> int:
-    """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves."""
+def _activations(model: ModelSection, tensor: int, outer: int, tokens: int, width: int, *, full_recompute: bool) -> int:
+    """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves.
+
+    ``outer``: ranks that the tokens between sliced layers are shared out over.
+    """
     h = model.hidden_size
     query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
     inner = ffn_hidden_size(model) * (3 if model.activation == "swiglu" else 2)
@@ -80,7 +84,7 @@ def _activations(model: ModelSection, tensor: int, tokens: int, width: int, *, f
     if model.hidden_dropout > 0:
         outside += 2 * h  # byte masks
     sliced = (2 * query + 2 * groups + inner) * width // tensor  # q, k, v, context; both sides of the activation
-    layer = tokens * (outside + sliced)
+    layer = tokens * (outside // outer + sliced)
     if full_recompute:
-        return tokens * h * width * model.num_layers + layer
+        return tokens * h * width // outer * model.num_layers + layer
     return layer * model.num_layers

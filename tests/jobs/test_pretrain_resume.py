@@ -52,6 +52,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "tensor fp32": {"parallel": {"tensor": 2}},
             "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
+            "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
