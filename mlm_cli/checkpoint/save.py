@@ -6,6 +6,7 @@ points at it, and only then older checkpoints go. A failure at any point leaves 
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -68,7 +69,7 @@ class Checkpointer:
 
     def bytes_needed(self) -> int:
         """Size of one checkpoint in bytes: the state files of all ranks, and ``model/`` in float32."""
-        weights = sum(parameter.numel() for parameter in self.engine.model.parameters()) * 4
+        weights = sum(math.prod(fragment.shape) for fragment in self.engine.fragments()) * 4
         # Tensor ranks hold slices of the model, data ranks copies of which one is written.
         mine = state_bytes(self.engine) + weights / self.parallel.data.size
         total = torch.tensor(mine, dtype=torch.float64, device=self.parallel.device)

@@ -30,6 +30,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _schedule(recipe)
         found += _rollback(recipe)
         found += _time_limit(recipe)
+        found += _engine(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -184,11 +185,46 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake(
             ("task",), "`task` is not set: nothing to fine-tune on", "start from `mlm recipe show finetune/sst2`"
         )
+    if recipe.train.rampup is not None:
+        yield Mistake(
+            ("train.rampup",),
+            "`train.rampup` is for pretraining alone",
+            "use `train.rampup=null`, and schedule.warmup_steps",
+        )
+    if recipe.parallel.sequence:
+        yield Mistake(
+            ("parallel.sequence",),
+            "`parallel.sequence` needs samples of one length, and texts differ",
+            "use `parallel.sequence=false`",
+        )
     if recipe.init_from is None:
         yield Mistake(
             ("init_from",),
             "`init_from` is not set: no model to start from",
             "add `init_from=RUN`, a pretrained run or folder",
+        )
+
+
+def _engine(recipe: Recipe) -> Iterator[Mistake]:
+    """What cannot be combined, whatever the number of ranks."""
+    train, parallel = recipe.train, recipe.parallel
+    if train.engine == "deepspeed" and parallel.zero == 0:
+        yield Mistake(
+            ("train.engine", "parallel.zero"),
+            "`train.engine` deepspeed needs `parallel.zero` of 1, 2 or 3",
+            "use `parallel.zero=1`, or `train.engine=auto`",
+        )
+    if parallel.sequence and recipe.model.seq_length % parallel.tensor:
+        yield Mistake(
+            ("parallel.sequence", "model.seq_length", "parallel.tensor"),
+            f"`model.seq_length` {recipe.model.seq_length} is not a multiple of `parallel.tensor` {parallel.tensor}",
+            "use `parallel.sequence=false`",
+        )
+    if train.compile and parallel.zero == 3:
+        yield Mistake(
+            ("train.compile", "parallel.zero"),
+            "`train.compile` cannot follow weights that `parallel.zero` 3 gathers and lets go",
+            "use `parallel.zero=2`, or `train.compile=false`",
         )
 
 
@@ -215,11 +251,33 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
             f"`train.global_batch_size` {whole} is not a multiple of micro-batch size {micro} x {data} data ranks",
             f"use `train.global_batch_size={down}`, or another micro-batch size",
         )
+    yield from _rampup(recipe, whole or micro * data, micro * data)
     if recipe.train.engine == "plain" and data > 1:
         yield Mistake(
             ("train.engine",),
             f"`train.engine` plain does not average gradients, and there are {data} data ranks",
             "use `train.engine=auto`",
+        )
+
+
+def _rampup(recipe: Recipe, whole: int, unit: int) -> Iterator[Mistake]:
+    """``unit``: samples of one micro-batch over all data ranks."""
+    rampup = recipe.train.rampup
+    if rampup is None:
+        return
+    for key, value in (("start", rampup.start), ("increment", rampup.increment)):
+        if value % unit:
+            yield Mistake(
+                (f"train.rampup.{key}", "train.micro_batch_size"),
+                f"`train.rampup.{key}` {value} is not a multiple of the {unit} samples of a micro-batch over all ranks",
+                f"use `train.rampup.{key}={max(1, value // unit) * unit}`",
+            )
+    if rampup.start > whole or (whole - rampup.start) % rampup.increment:
+        yield Mistake(
+            ("train.rampup.start", "train.rampup.increment", "train.global_batch_size"),
+            f"`train.rampup` does not go from {rampup.start} to `train.global_batch_size` {whole} in steps of "
+            f"{rampup.increment}",
+            f"use `train.rampup.start={whole % rampup.increment or min(rampup.increment, whole)}`",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlm_cli.config.schema import Recipe
+from mlm_cli.config.schema import RampupSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,27 @@ class Batch:
     micro_batch_size: int
     global_batch_size: int
     gradient_accumulation_steps: int
+
+
+def global_batch_at(consumed_samples: int, whole: int, rampup: RampupSection | None) -> int:
+    """Samples of the step that begins after ``consumed_samples``: a pure function, so that a resume needs nothing more.
+
+    From ``start`` to ``whole`` in stages of ``increment``, each for an even share of ``rampup.samples`` (Megatron-LM,
+    ``core/num_microbatches_calculator.py``, ``RampupBatchsizeNumMicroBatchesCalculator``).
+    """
+    if rampup is None or consumed_samples > rampup.samples or rampup.start >= whole:
+        return whole
+    stages = (whole - rampup.start) // rampup.increment
+    return min(whole, rampup.start + consumed_samples * stages // rampup.samples * rampup.increment)
+
+
+def samples_of(steps: int, whole: int, rampup: RampupSection | None) -> int:
+    """Samples of the first ``steps`` steps."""
+    step = samples = 0
+    while step < steps and global_batch_at(samples, whole, rampup) < whole:
+        samples += global_batch_at(samples, whole, rampup)
+        step += 1
+    return samples + (steps - step) * whole
 
 
 def model_parallel_size(recipe: Recipe) -> int:

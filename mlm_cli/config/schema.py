@@ -66,6 +66,14 @@ class DataSection(Section):
     num_workers: int = Field(default=0, ge=0, description="loader processes a rank")
 
 
+class RampupSection(Section):
+    """Growth of the global batch ("megabatches"), as Megatron-LM's `--rampup-batch-size start increment samples`."""
+
+    start: int = Field(ge=1, description="first global batch, in samples")
+    increment: int = Field(ge=1, description="what each stage adds, up to train.global_batch_size")
+    samples: int = Field(ge=1, description="samples after which the batch is whole; each stage gets an even share")
+
+
 class TrainSection(Section):
     """Length, batch and arithmetic of training."""
 
@@ -74,6 +82,7 @@ class TrainSection(Section):
     global_batch_size: int | None = Field(
         default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
     )
+    rampup: RampupSection | None = Field(default=None, description="begin with smaller global batches; unset: do not")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 where the processor has it"
     )
@@ -136,7 +145,13 @@ class ParallelSection(Section):
 
     tensor: int = Field(default=1, ge=1)
     pipeline: Literal[1] = 1
-    zero: Literal[0, 1] = Field(default=1, description="ZeRO stage of the optimizer state")
+    sequence: bool = Field(
+        default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
 
 
 class CheckpointSection(Section):

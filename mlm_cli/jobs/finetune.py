@@ -174,6 +174,7 @@ def _run(
         dtype=dtype,
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
+        zero=recipe.parallel.zero,
         config_file=session.run.ds_config,
     )
     position = Position(0, 0)

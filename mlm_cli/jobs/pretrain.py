@@ -17,7 +17,7 @@ from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, resolve_
 from mlm_cli.checkpoint.load import load_state
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
-from mlm_cli.config.derived import Batch, batch_arithmetic
+from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
 from mlm_cli.config.schema import Recipe
 from mlm_cli.config.shapes import check_slices
 from mlm_cli.data.loader import batches
@@ -68,7 +68,10 @@ def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
         keep_freed_memory()
     try:
         parallel = ParallelContext.create(
-            tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
+            tensor=recipe.parallel.tensor,
+            pipeline=recipe.parallel.pipeline,
+            sequence=recipe.parallel.sequence,
+            device=env.device,
         )
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)
@@ -186,6 +189,7 @@ def _build_engine(
         dtype=dtype,
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
+        zero=recipe.parallel.zero,
         config_file=session.run.ds_config,
     )
     return model, engine, streams
@@ -198,6 +202,7 @@ def _plan(recipe: Recipe, batch: Batch) -> Plan:
         global_batch_size=batch.global_batch_size,
         checkpoint_every=recipe.checkpoint.every,
         evaluate_every=recipe.evaluate.every,
+        batch_at=lambda consumed: global_batch_at(consumed, batch.global_batch_size, recipe.train.rampup),
     )
 
 

@@ -49,27 +49,34 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         accumulate: gradients of several micro-batches are summed.
 
     bf16 counts 2 bytes a weight, and fp32 master, momentum and variance (12 bytes) divided by the data-parallel size
-    under ZeRO-1; gradients are fp32 while they accumulate. fp32 counts 4, 4 and 8 bytes.
+    under ZeRO-1; gradients are fp32 while they accumulate. fp32 counts 4, 4 and 8 bytes. ZeRO-2 divides the gradients
+    too, ZeRO-3 the weights (Rajbhandari et al. 2020, figure 1).
     """
     model, tensor = recipe.model, recipe.parallel.tensor
     half = recipe.train.precision != "fp32"
     params = parameters_per_rank(model, tensor)
-    shards = data_parallel_size if recipe.parallel.zero >= 1 else 1
+    shards, grad_shards, weight_shards = (
+        data_parallel_size if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3)
+    )
     width = 2 if half else 4
     tokens = recipe.train.micro_batch_size * model.seq_length
-    activations = _activations(model, tensor, tokens, width, full_recompute=recipe.train.recompute == "full")
+    outer = tensor if recipe.parallel.sequence else 1
+    activations = _activations(model, tensor, outer, tokens, width, full_recompute=recipe.train.recompute == "full")
     rows = min(tokens, LOSS_CHUNK_TOKENS)
     return Memory(
-        weights=width * params,
-        gradients=(4 if accumulate or not half else 2) * params,
+        weights=width * params // weight_shards,
+        gradients=(4 if accumulate or not half else 2) * params // grad_shards,
         optimizer=(12 if half else 8) * params // shards,
         activations=activations,
         logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),
     )
 
 
-def _activations(model: ModelSection, tensor: int, tokens: int, width: int, *, full_recompute: bool) -> int:
-    """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves."""
+def _activations(model: ModelSection, tensor: int, outer: int, tokens: int, width: int, *, full_recompute: bool) -> int:
+    """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves.
+
+    ``outer``: ranks that the tokens between sliced layers are shared out over.
+    """
     h = model.hidden_size
     query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
     inner = ffn_hidden_size(model) * (3 if model.activation == "swiglu" else 2)
@@ -77,7 +84,7 @@ def _activations(model: ModelSection, tensor: int, tokens: int, width: int, *, f
     if model.hidden_dropout > 0:
         outside += 2 * h  # byte masks
     sliced = (2 * query + 2 * groups + inner) * width // tensor  # q, k, v, context; both sides of the activation
-    layer = tokens * (outside + sliced)
+    layer = tokens * (outside // outer + sliced)
     if full_recompute:
-        return tokens * h * width * model.num_layers + layer
+        return tokens * h * width // outer * model.num_layers + layer
     return layer * model.num_layers

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlm_cli.config.derived import Batch, batch_arithmetic
+from mlm_cli.config.derived import Batch, batch_arithmetic, samples_of
 from mlm_cli.config.schema import Recipe
 from mlm_cli.config.shapes import padded_vocab_size
 from mlm_cli.errors import UsageError
 from mlm_cli.launch import memory
 from mlm_cli.models.count import FLOPS_FORMULA, count_parameters, flops_per_token, parameter_parts
+
+ZERO_CUTS = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 share out over the data ranks
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Plan:
     precision: str
     seq_length: int
     steps: int
+    rampup: dict[str, int] | None
     tokens_per_step: int
     tokens: int
     flops_per_token: float
@@ -64,7 +67,7 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
     model, batch = recipe.model, batch_arithmetic(recipe, world_size)
     tokens_per_step = batch.global_batch_size * model.seq_length
     per_token = flops_per_token(model, model.seq_length)
-    tokens = tokens_per_step * recipe.train.steps
+    tokens = samples_of(recipe.train.steps, batch.global_batch_size, recipe.train.rampup) * model.seq_length
     rate = None if device_tflops is None else world_size * device_tflops * 1e12 * mfu
     return Plan(
         world_size=world_size,
@@ -80,6 +83,7 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
         precision=recipe.train.precision,
         seq_length=model.seq_length,
         steps=recipe.train.steps,
+        rampup=None if recipe.train.rampup is None else recipe.train.rampup.model_dump(),
         tokens_per_step=tokens_per_step,
         tokens=tokens,
         flops_per_token=per_token,
@@ -130,6 +134,9 @@ def as_text(plan: Plan) -> str:
             f" x accumulation {batch.gradient_accumulation_steps}",
         )
     )
+    if plan.rampup is not None:
+        grown = "from {start:,} by {increment:,} over the first {samples:,} samples".format(**plan.rampup)
+        rows.append(("  ramp-up", grown))
     rows.append(("tokens", f"{plan.tokens_per_step:,} a step, {short(plan.tokens)} in {plan.steps:,} steps"))
     rows.append(("FLOPs", f"{short(plan.flops_per_token)} a token, {plan.flops:.3g} in all ({FLOPS_FORMULA})"))
     held = plan.memory
@@ -138,7 +145,7 @@ def as_text(plan: Plan) -> str:
         rows.append(
             (
                 f"  {name}",
-                gib(getattr(held, name)) + (f" (ZeRO-{plan.zero})" if name == "optimizer" and plan.zero else ""),
+                gib(getattr(held, name)) + (f" (ZeRO-{plan.zero})" if name in ZERO_CUTS[: plan.zero] else ""),
             )
         )
     if plan.seconds is None or plan.seconds_per_step is None:

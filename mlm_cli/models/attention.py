@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         group, dim = parallel.tensor, head_dim(model)
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
-        options = {"bias": model.bias, "dtype": dtype, "device": parallel.device}
+        options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
         self.kind, self.dropout = model.attention, model.attention_dropout
         self.streams: RandomStreams | None = None
@@ -47,9 +47,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
-        b, s, _ = x.shape
         rotated = self.num_heads + self.num_groups
-        heads = self.qkv(x).view(b, s, rotated + self.num_groups, self.dim)
+        heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
+        b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
         dropout = self.dropout if self.training else 0.0
         if cache is None and self.kind == "auto" and not dropout and suits(heads):
             out = attend_blocked(heads, info.rotary, info.visible, self.num_heads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +18,38 @@ from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
+from mlm_cli.parallel.mappings import copy_to_group
+
+# A context in which to draw dropout masks for what lies between sliced layers.
+Masks = Callable[[], AbstractContextManager[None]]
 
 
 class Norm(nn.Module):
     """Layer norm or RMS norm over the last dimension, equal on all tensor ranks."""
 
-    def __init__(self, model: ModelSection, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
+        device, self.sequence = parallel.device, parallel.sequence
         self.kind, self.eps = model.norm, model.norm_eps
         self.weight = new_parameter(model.hidden_size, init="ones", dtype=dtype, device=device)
         with_bias = model.norm == "layernorm"
         self.bias = new_parameter(model.hidden_size, init="zeros", dtype=dtype, device=device) if with_bias else None
 
+    def _parameters_here(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; their gradients are summed where each rank has seen a part of the tokens."""
+        bias = None if self.bias is None else copy_to_group(self.bias, self.sequence)
+        return copy_to_group(self.weight, self.sequence), bias
+
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._parameters_here()
         if self.kind == "rmsnorm":
-            return ops.rms_norm(x, self.weight, self.eps)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+            return ops.rms_norm(x, weight, self.eps)
+        return ops.layer_norm(x, weight, bias, self.eps)
 
     def after(self, branch: Tensor, residual: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         """Close a residual branch and norm the sum, in one pass: (norm, ``dropout(branch) + residual``)."""
-        return ops.residual_norm(
-            branch, residual, self.weight, self.bias, eps=self.eps, dropout=dropout, kind=self.kind
-        )
+        weight, bias = self._parameters_here()
+        return ops.residual_norm(branch, residual, weight, bias, eps=self.eps, dropout=dropout, kind=self.kind)
 
 
 class MLP(nn.Module):
@@ -46,7 +58,7 @@ class MLP(nn.Module):
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         group, width = parallel.tensor, ffn_hidden_size(model)
-        options = {"dtype": dtype, "device": parallel.device}
+        options = {"sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.activation = model.activation
         blocks = (width, width) if model.activation == "swiglu" else (width,)
         self.up = ColumnParallelLinear(
@@ -65,18 +77,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
 
+    gathers_children = True  # ZeRO-3: parameters are used by other ways than their module's forward
+
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.hidden_dropout = model.hidden_dropout
-        self.norm1 = Norm(model, parallel.device, dtype)
+        self.masks: Masks = nullcontext
+        self.norm1 = Norm(model, parallel, dtype)
         self.attention = SelfAttention(model, parallel, dtype)
-        self.norm2 = Norm(model, parallel.device, dtype)
+        self.norm2 = Norm(model, parallel, dtype)
         self.mlp = MLP(model, parallel, dtype)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``."""
         dropout = self.hidden_dropout if self.training else 0.0
         branch = self.attention(self.norm1(x), info, cache)
-        normed, x = self.norm2.after(branch, x, dropout)
+        with self.masks():
+            normed, x = self.norm2.after(branch, x, dropout)
         branch = self.mlp(normed)
-        return x + (F.dropout(branch, dropout) if dropout else branch)
+        with self.masks():
+            return x + (F.dropout(branch, dropout) if dropout else branch)

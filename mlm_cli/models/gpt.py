@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, padded_vocab_size
-from mlm_cli.models.block import Block, Norm
+from mlm_cli.models.block import Block, Masks, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.info import SequenceInfo, build_info
 from mlm_cli.models.rotary import RotaryTable
@@ -19,7 +20,9 @@ from mlm_cli.models.spec import LayerSpec
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import VocabParallelEmbedding, new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
+from mlm_cli.parallel.mappings import copy_to_group
 from mlm_cli.parallel.random import initialize
+from mlm_cli.parallel.sequence import gather_tokens, own_tokens
 from mlm_cli.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -34,29 +37,31 @@ class Embedding(nn.Module):
         assert model.vocab_size is not None
         options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
         self.hidden_dropout = model.hidden_dropout
-        self.word = VocabParallelEmbedding(
-            model.vocab_size, padded_vocab_size(model), model.hidden_size, parallel.tensor, **options
-        )
-        self.position = Position(model, parallel.device, dtype) if model.position == "learned" else None
+        self.masks: Masks = nullcontext
+        sizes = (model.vocab_size, padded_vocab_size(model), model.hidden_size)
+        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, sequence=parallel.sequence, **options)
+        self.position = Position(model, parallel, dtype) if model.position == "learned" else None
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
         """``tokens [b, s]`` -> ``[b, s, h]``."""
         x = self.word(tokens)
         if self.position is not None:
             x = x + self.position(info.positions)
-        return F.dropout(x, self.hidden_dropout) if self.training and self.hidden_dropout else x
+        with self.masks():
+            return F.dropout(x, self.hidden_dropout) if self.training and self.hidden_dropout else x
 
 
 class Position(nn.Module):
     """Learned positions, equal on all tensor ranks."""
 
-    def __init__(self, model: ModelSection, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
+        self.sequence = parallel.sequence
         shape = (model.seq_length, model.hidden_size)
-        self.weight = new_parameter(*shape, init=model.init_std, dtype=dtype, device=device)
+        self.weight = new_parameter(*shape, init=model.init_std, dtype=dtype, device=parallel.device)
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions, self.weight)
+        return F.embedding(own_tokens(positions, self.sequence, -1), copy_to_group(self.weight, self.sequence))
 
 
 class Head(nn.Module):
@@ -88,7 +93,7 @@ def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch
     return [
         LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
         *(LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), cost) for i in range(model.num_layers)),
-        LayerSpec("final_norm", lambda: Norm(model, parallel.device, dtype)),
+        LayerSpec("final_norm", lambda: Norm(model, parallel, dtype)),
         LayerSpec("head", lambda: Head(model, parallel, dtype), vocabulary, tied),
     ]
 
@@ -125,11 +130,18 @@ class GPT(nn.Module):
         """Rows of the output layer of this rank, ``[v_local, h]``; the word embedding's where they are tied."""
         return self.embedding.word.weight if self.head.weight is None else self.head.weight
 
+    def read_outside(self) -> list[Tensor]:
+        """Parameters that are used outside of their module's ``forward`` (ZeRO-3 must know)."""
+        return [self.output_weight]
+
     def set_streams(self, streams: RandomStreams) -> None:
         """Draw dropout inside sliced regions from ``streams``."""
         self.streams = streams
+        # Where each rank holds other tokens, its masks between sliced layers are its own too.
+        masks = streams.sliced if self.parallel.sequence.size > 1 else nullcontext
+        self.embedding.masks = masks
         for layer in self.layers:
-            layer.attention.streams = streams
+            layer.attention.streams, layer.masks = streams, masks
 
     def hidden(
         self,
@@ -157,7 +169,7 @@ class GPT(nn.Module):
         else:
             for layer in self.layers:
                 x = self._recomputed(layer, x, info) if self.recompute and torch.is_grad_enabled() else layer(x, info)
-        return self.final_norm(x)
+        return gather_tokens(self.final_norm(x), self.parallel.sequence)
 
     def _recomputed(self, layer: nn.Module, x: Tensor, info: SequenceInfo) -> Tensor:
         """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""

@@ -56,6 +56,24 @@ class Group:
         dist.all_gather(parts, tensor.contiguous(), group=self.handle)
         return parts
 
+    def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], dist.Work | None]:
+        """Begin ``all_gather``; the tensors are there after ``wait()`` on the second value (None: they are already)."""
+        if self.size == 1:
+            return [tensor], None
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        return parts, dist.all_gather(parts, tensor.contiguous(), group=self.handle, async_op=True)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int) -> Tensor:
+        """Sum ``tensor`` over the group and keep this rank's even part along ``dim``; ``tensor`` may be overwritten."""
+        if self.size == 1:
+            return tensor
+        if self.shared is not None and self.shared.takes(tensor):
+            return self.shared.sum_(tensor).chunk(self.size, dim)[self.rank].contiguous()
+        parts = [part.contiguous() for part in tensor.chunk(self.size, dim)]
+        own = torch.empty_like(parts[self.rank])
+        dist.reduce_scatter(own, parts, group=self.handle)
+        return own
+
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Overwrite ``tensor`` with that of group rank ``source``; returns it."""
         if self.size > 1:
@@ -74,6 +92,8 @@ SOLO = Group()
 class ParallelContext:
     """The groups of this rank: ``tensor`` slices of one layer, ``data`` copies of the model, ``pipeline`` stages of it.
 
+    ``sequence`` shares out the tokens between sliced layers: it is the tensor group, or this rank alone.
+
     Ranks are numbered with the tensor rank fastest, then data, then pipeline, as Megatron and DeepSpeed's
     ``ProcessTopology`` (axes pipe, data, model) number them.
     """
@@ -82,6 +102,7 @@ class ParallelContext:
     tensor: Group = SOLO
     data: Group = SOLO
     pipeline: Group = SOLO
+    sequence: Group = SOLO
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
@@ -90,7 +111,9 @@ class ParallelContext:
         return ParallelContext(device=torch.device(device))
 
     @staticmethod
-    def create(*, tensor: int = 1, pipeline: int = 1, device: torch.device | str = "cpu") -> ParallelContext:
+    def create(
+        *, tensor: int = 1, pipeline: int = 1, sequence: bool = False, device: torch.device | str = "cpu"
+    ) -> ParallelContext:
         """Lay out the world that ``distributed.init`` joined; data-parallel size is what is left.
 
         Every rank must call this, in the same order as any other group-making call.
@@ -109,11 +132,13 @@ class ParallelContext:
             return ParallelContext.single(device)
         # The grid of ranks, [pipeline, data, tensor]: a group is a line along one axis.
         grid = torch.arange(size).view(pipeline, -1, tensor)
+        tensor_group = _make_groups(grid, shared=torch.device(device).type == "cpu")
         return ParallelContext(
             world=Group(dist.get_rank(), size, dist.group.WORLD, tuple(range(size))),
-            tensor=_make_groups(grid, shared=torch.device(device).type == "cpu"),
+            tensor=tensor_group,
             data=_make_groups(grid.transpose(1, 2)),
             pipeline=_make_groups(grid.permute(1, 2, 0)),
+            sequence=tensor_group if sequence else SOLO,
             device=torch.device(device),
         )
 

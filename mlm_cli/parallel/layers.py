@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mlm_cli.parallel.context import SOLO, Group
 from mlm_cli.parallel.linear import linear
-from mlm_cli.parallel.mappings import reduce_from_group
+from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
+from mlm_cli.parallel.sequence import gathered_linear, reduce_scatter_tokens
 from mlm_cli.parallel.shard import Shard
 
 
@@ -38,6 +39,7 @@ class ColumnParallelLinear(nn.Module):
 
     Args:
         blocks: full sizes of the parts of the output that are cut separately (see ``Shard``).
+        sequence: the group that the tokens of ``x`` are shared out over (see ``parallel.sequence``).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ColumnParallelLinear(nn.Module):
         out_features: int,
         group: Group,
         *,
+        sequence: Group = SOLO,
         bias: bool = True,
         blocks: tuple[int, ...] | None = None,
         init_std: float = 0.02,
@@ -54,24 +57,29 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.in_features, self.out_features = group, in_features, out_features
+        self._linear = linear if sequence.size == 1 else gathered_linear
         shard, rows = Shard(0, blocks), out_features // group.size
         self.weight = new_parameter(rows, in_features, init=init_std, shard=shard, dtype=dtype, device=device)
         self.bias = new_parameter(rows, init="zeros", shard=shard, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` (equal on all ranks) -> ``[..., out / size]``."""
-        return linear(x, self.weight, self.bias, self.group)
+        return self._linear(x, self.weight, self.bias, self.group)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The product alone, for a following operator that adds ``bias`` on its way."""
-        return linear(x, self.weight, None, self.group)
+        return self._linear(x, self.weight, None, self.group)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
 
 
 class RowParallelLinear(nn.Module):
-    """``y = x A^T + b`` with the columns of ``A`` cut over ``group``: partial products are summed over the ranks."""
+    """``y = x A^T + b`` with the columns of ``A`` cut over ``group``: partial products are summed over the ranks.
+
+    Args:
+        sequence: the group that the tokens of ``y`` are shared out over.
+    """
 
     def __init__(
         self,
@@ -79,6 +87,7 @@ class RowParallelLinear(nn.Module):
         out_features: int,
         group: Group,
         *,
+        sequence: Group = SOLO,
         bias: bool = True,
         init_std: float = 0.02,
         dtype: torch.dtype = torch.float32,
@@ -91,20 +100,26 @@ class RowParallelLinear(nn.Module):
         self.bias = new_parameter(out_features, init="zeros", dtype=dtype, device=device) if bias else None
         # The bias is added once: inside the product where that is the whole sum, after the reduction otherwise.
         self.fused_bias = group.size == 1
+        self.sequence = sequence
+        self._reduce = reduce_from_group if sequence.size == 1 else reduce_scatter_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in / size]`` -> ``[..., out]``, equal on all ranks."""
         if self.fused_bias:
             return linear(x, self.weight, self.bias, SOLO)
-        out = reduce_from_group(linear(x, self.weight, None, SOLO), self.group)
-        return out if self.bias is None else out + self.bias
+        out = self._reduce(linear(x, self.weight, None, SOLO), self.group)
+        return out if self.bias is None else out + copy_to_group(self.bias, self.sequence)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a word embedding cut over ``group``; rows from ``vocab_size`` to ``padded_size`` are never read."""
+    """Rows of a word embedding cut over ``group``; rows from ``vocab_size`` to ``padded_size`` are never read.
+
+    Args:
+        sequence: the group that the embedded tokens are shared out over.
+    """
 
     def __init__(
         self,
@@ -113,6 +128,7 @@ class VocabParallelEmbedding(nn.Module):
         hidden_size: int,
         group: Group,
         *,
+        sequence: Group = SOLO,
         init_std: float = 0.02,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -121,6 +137,7 @@ class VocabParallelEmbedding(nn.Module):
         self.group, self.vocab_size, self.padded_size = group, vocab_size, padded_size
         rows = padded_size // group.size
         self.start = group.rank * rows
+        self._reduce = reduce_from_group if sequence.size == 1 else reduce_scatter_tokens
         shard = Shard(0, valid=vocab_size)
         self.weight = new_parameter(rows, hidden_size, init=init_std, shard=shard, dtype=dtype, device=device)
 
@@ -131,7 +148,7 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(outside[..., None], 0.0)
-        return reduce_from_group(rows, self.group)
+        return self._reduce(rows, self.group)
 
     def extra_repr(self) -> str:
         return f"{self.vocab_size} (padded {self.padded_size}), rank {self.group.rank} of {self.group.size}"

@@ -36,9 +36,10 @@ class AdamW(torch.optim.Optimizer):
         """Create the moments now, so that they can be filled from a checkpoint before the first step."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._moments(parameter)
+                self.moments(parameter)
 
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Both moments of one parameter, made when first asked for."""
         state = self.state[parameter]
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -52,7 +53,7 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self._moments(parameter)
+                state = self.moments(parameter)
                 ops.adamw_(
                     parameter.data,
                     parameter.grad,

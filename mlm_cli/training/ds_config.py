@@ -30,6 +30,7 @@ def make_ds_config(
     Args:
         num_parameters: of this rank; keeps the reduction buffer from being larger than the model.
     """
+    assert zero in (1, 2, 3), "stage 0 is the plain engine"
     bucket = min(_BUCKET, num_parameters or _BUCKET)
     bucket += bucket % 2  # DeepSpeed wants an even number
     return {
@@ -43,6 +44,7 @@ def make_ds_config(
             "contiguous_gradients": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **(_stage_3(num_parameters or _BUCKET) if zero == 3 else {}),
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -51,4 +53,14 @@ def make_ds_config(
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": None,
+    }
+
+
+def _stage_3(num_parameters: int) -> dict[str, Any]:
+    """Weights below the threshold (norms, biases) stay whole on every rank: gathering them costs more than it saves."""
+    return {
+        "stage3_param_persistence_threshold": min(100_000, num_parameters // 1000),
+        "stage3_prefetch_bucket_size": min(_BUCKET, num_parameters // 2),
+        "stage3_max_live_parameters": num_parameters,
+        "stage3_max_reuse_distance": num_parameters,
     }

@@ -89,7 +89,8 @@ def choose_engine(
     """
     if wanted == "deepspeed" and zero == 0:
         raise UsageError(
-            "train.engine=deepspeed needs parallel.zero=1", hint="set parallel.zero=1, or train.engine=plain"
+            "train.engine=deepspeed needs parallel.zero of 1, 2 or 3",
+            hint="set parallel.zero=1, or train.engine=plain",
         )
     if wanted == "plain" and zero > 0 and parallel.data.size > 1:
         raise UsageError(
@@ -110,12 +111,14 @@ def build_engine(
     dtype: torch.dtype,
     accumulation: int,
     micro_batch_size: int,
+    zero: int = 1,
     config_file: Path | None = None,
 ) -> Engine:
     """Put a float32 model under an engine that computes in ``dtype``.
 
     Args:
-        accumulation: micro-batches of one update on this rank.
+        accumulation: most micro-batches of one update on this rank.
+        zero: ZeRO stage of the DeepSpeed engine.
         config_file: where to leave a copy of what DeepSpeed was given.
     """
     if kind == "plain":
@@ -131,5 +134,6 @@ def build_engine(
         dtype=dtype,
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
+        zero=max(1, zero),
         config_file=config_file,
     )

@@ -1,8 +1,9 @@
-"""The engine on DeepSpeed: ZeRO-1 over the data ranks, tensor slicing through our ``mpu``.
+"""The engine on DeepSpeed: ZeRO 1, 2 and 3 over the data ranks, tensor slicing through our ``mpu``.
 
-Float32 runs on ``DeepSpeedZeroOptimizer``, bfloat16 with float32 gradients on ``BF16_Optimizer``. Both link each
-parameter to the fragment of master weight and moments that this rank owns (``param._hp_mapping``,
+Float32 runs on ``DeepSpeedZeroOptimizer``, bfloat16 with float32 gradients on ``BF16_Optimizer`` at stage 1. Both link
+each parameter to the fragment of master weight and moments that this rank owns (``param._hp_mapping``,
 ``deepspeed/utils/tensor_fragment.py``): through these links checkpoints are read and written without DeepSpeed's own.
+What is different at stage 3, where weights are cut too, is in ``zero3``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
+from mlm_cli.training import zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
 from mlm_cli.training.ds_config import make_ds_config
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
@@ -58,10 +60,11 @@ class DeepSpeedEngine:
         dtype: torch.dtype = torch.float32,
         accumulation: int = 1,
         micro_batch_size: int = 1,
+        zero: int = 1,
         config_file: Path | None = None,
     ) -> None:
-        self.model, self.parallel, self.accumulation = model, parallel, accumulation
-        self._updates = 0
+        self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
+        self._updates, self._stage = 0, zero
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for _, parameter in self._named:
             # The name DeepSpeed's norm looks for; parameters without it count once over the tensor group.
@@ -70,6 +73,7 @@ class DeepSpeedEngine:
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
             data_size=parallel.data.size,
+            zero=zero,
             dtype=dtype,
             clip_grad=settings.clip_grad,
             num_parameters=sum(parameter.numel() for _, parameter in self._named),
@@ -81,10 +85,17 @@ class DeepSpeedEngine:
         # The order in which DeepSpeed lays the parameters of each group out.
         self._groups: list[list[Tensor]] = [list(group["params"]) for group in self._optimizer.param_groups]
         with _quiet_deepspeed():
-            self._deepspeed = _initialize(_Runner(model), self._optimizer, config, parallel)
+            runner = _Runner(model)
+            if zero == 3:
+                zero3.announce_uses(runner, model)
+                self.model = zero3.Gathering(runner, model)
+            self._deepspeed = _initialize(runner, self._optimizer, config, parallel)
             self._zero = self._deepspeed.optimizer
-            self._optimizer.make_state()
-            self._zero._lazy_init_hp_params_optimizer_state()
+            if zero == 3:
+                zero3.make_state(self._zero, self._optimizer)
+            else:
+                self._optimizer.make_state()
+                self._zero._lazy_init_hp_params_optimizer_state()
         self._start_from(masters)
 
     @property
@@ -97,6 +108,8 @@ class DeepSpeedEngine:
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         outcomes = []
+        if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
         for number, batch in enumerate(batches, start=1):
             loss, sums = self._deepspeed(objective, batch)
             self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last
@@ -125,6 +138,8 @@ class DeepSpeedEngine:
         assert not math.isfinite(self.step(0.0)), "DeepSpeed applied an update that was to be discarded"
 
     def fragments(self) -> list[Fragment]:
+        if self._stage == 3:
+            return [zero3.fragment(self._zero, name, parameter) for name, parameter in self._named]
         found = []
         for name, parameter in self._named:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -141,7 +156,10 @@ class DeepSpeedEngine:
         return found
 
     def refresh(self) -> None:
-        self._zero.update_lp_params()
+        if self._stage == 3:
+            zero3.refresh(self._zero)
+        else:
+            self._zero.update_lp_params()
 
     @contextmanager
     def fp32_weights(self) -> Iterator[None]:
@@ -157,6 +175,8 @@ class DeepSpeedEngine:
 
     def _gather_masters(self) -> dict[int, Tensor]:
         """The float32 masters, by ``id`` of the parameter, from the partitions of all data ranks."""
+        if self._stage == 3:
+            return {id(parameter): self._zero.get_full_hp_param(parameter) for _, parameter in self._named}
         full: dict[int, Tensor] = {}
         for group, members in zip(self._optimizer.param_groups, self._groups, strict=True):
             flat = torch.cat(self.parallel.data.all_gather(group["params"][0].detach()))

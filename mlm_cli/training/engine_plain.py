@@ -59,7 +59,7 @@ class PlainEngine:
         accumulation: int = 1,
     ) -> None:
         self.model, self.parallel, self.settings = model, parallel, settings
-        self.accumulation, self.updates = accumulation, 0
+        self.updates, self._taken = 0, accumulation  # micro-batches of the update under way
         self._slots = [self._make_slot(name, p, dtype) for name, p in model.named_parameters() if p.requires_grad]
         self._flat: Tensor | None = None
         if parallel.data.size > 1 or (accumulation > 1 and dtype != torch.float32):
@@ -68,7 +68,7 @@ class PlainEngine:
         self._counted = [shard_of(slot.param) is not None or parallel.tensor.rank == 0 for slot in self._slots]
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
-        assert len(batches) == self.accumulation
+        self._taken = len(batches)
         outcomes = []
         for batch in batches:
             loss, sums = objective(self.model, batch)
@@ -78,7 +78,7 @@ class PlainEngine:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        scale = 1.0 / (self.accumulation * self.parallel.data.size)
+        scale = 1.0 / (self._taken * self.parallel.data.size)
         if self.parallel.data.size > 1:
             self._reduce()
         norm = self._norm() * scale

@@ -11,7 +11,7 @@ from mlm_cli.errors import UsageError
 
 # Changing these changes what was learned so far, or which samples come next.
 _FIXED_SECTIONS = ("model", "task")
-_FIXED_KEYS = ("seed", "init_from", "train.global_batch_size")
+_FIXED_KEYS = ("seed", "init_from", "train.global_batch_size", "train.rampup")
 # Paths may move: data and tokenizer are held to the fingerprint in the manifest instead.
 _SAID_SECTIONS = ("optimizer", "schedule")
 _SAID_KEYS = ("train.steps", "train.precision", "train.clip_grad")
@@ -19,7 +19,8 @@ _SAID_KEYS = ("train.steps", "train.precision", "train.clip_grad")
 
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
     """Dotted keys that a run keeps for life. Sizes that follow from other things must already be filled in."""
-    return _pick(recipe, _FIXED_SECTIONS, _FIXED_KEYS, without=("model.attention", "task.train", "task.dev"))
+    without = ("model.attention", "task.train", "task.dev", *(("train.rampup",) if recipe.train.rampup is None else ()))
+    return _pick(recipe, _FIXED_SECTIONS, _FIXED_KEYS, without=without)
 
 
 def recipe_hash(recipe: Recipe) -> str:

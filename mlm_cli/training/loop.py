@@ -29,6 +29,8 @@ class Plan:
         steps: updates of the whole run, counted from its very beginning.
         accumulation: micro-batches of one update on this rank.
         global_batch_size: samples of one update over all ranks.
+        batch_at: consumed samples -> samples of the next update, where batches grow; ``accumulation`` is that of whole
+            ones.
         checkpoint_when: given an evaluation's values, also save now? For keeping the best of a fine-tuning run.
     """
 
@@ -38,6 +40,12 @@ class Plan:
     checkpoint_every: int = 0
     evaluate_every: int = 0
     checkpoint_when: Callable[[int, dict[str, float]], bool] | None = None
+    batch_at: Callable[[int], int] | None = None
+
+    def batch(self, consumed_samples: int) -> tuple[int, int]:
+        """(samples, micro-batches of this rank) of the update after ``consumed_samples``."""
+        samples = self.global_batch_size if self.batch_at is None else self.batch_at(consumed_samples)
+        return samples, samples * self.accumulation // self.global_batch_size
 
 
 def train(
@@ -69,7 +77,8 @@ def train(
 
         # the micro-batches of this rank
         with monitor.waiting_for_data():
-            micro_batches = [_to_device(next(batches), parallel) for _ in range(plan.accumulation)]
+            samples, accumulation = plan.batch(position.consumed_samples)
+            micro_batches = [_to_device(next(batches), parallel) for _ in range(accumulation)]
 
         # forward and backward of each; gradients add up in the engine
         outcomes = engine.accumulate(beating, micro_batches)
@@ -88,13 +97,13 @@ def train(
         # where training stands now; after trouble: behind the step without its update, or back at a checkpoint
         if trouble is None:
             tokens = int(position.extra.get("tokens", 0)) + report.tokens
-            position = position.after(step, plan.global_batch_size, tokens=tokens)
+            position = position.after(step, samples, tokens=tokens)
             position = numerics.accept(report.loss, position)
         else:
             position = numerics.handle(
                 trouble,
                 position,
-                plan.global_batch_size,
+                samples,
                 model=engine.model,
                 objective=objective,
                 outcomes=outcomes,

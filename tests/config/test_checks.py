@@ -55,6 +55,13 @@ def test_a_good_recipe_has_none() -> None:
         (["data.path=[]"], None, "`data.path` is empty"),
         (["tokenizer=null"], None, "`tokenizer` is not set"),
         (["output=null"], None, "`output` is not set"),
+        (["train.engine=deepspeed", "parallel.zero=0"], None, "needs `parallel.zero` of 1, 2 or 3"),
+        (
+            ["parallel.sequence=true", "parallel.tensor=2", "model.seq_length=63"],
+            2,
+            "`model.seq_length` 63 is not a multiple",
+        ),
+        (["train.compile=true", "parallel.zero=3"], None, "`train.compile` cannot follow weights"),
         (["parallel.tensor=2"], 1, "needs 2 ranks, and there is 1"),
         (["parallel.tensor=2"], 3, "3 ranks are not a multiple of the 2"),
         (["train.global_batch_size=10"], 2, "10 is not a multiple of micro-batch size 4 x 2 data ranks"),

@@ -34,6 +34,7 @@ def _check(folder: Path, names: list[str]) -> None:
         assert last < first, f"{name}: nothing was learned"
 
 
+RAMPUP = {"start": 2, "increment": 2, "samples": 16}
 CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank": (
         1,
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "plain fp32": {},
             "plain bf16": {"train__precision": "bf16"},
             "plain bf16 recomputed": {"train__precision": "bf16", "train__recompute": "full"},
+            "plain bf16 growing": {"train__precision": "bf16", "train__rampup": RAMPUP},
             "deepspeed fp32": {"train__engine": "deepspeed"},
             "deepspeed bf16": {"train__engine": "deepspeed", "train__precision": "bf16"},
         },
@@ -50,9 +52,17 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "tensor fp32": {"parallel": {"tensor": 2}},
             "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
+            "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
+            "data zero-2 bf16 growing": {"parallel": {"zero": 2}, "train__precision": "bf16", "train__rampup": RAMPUP},
+            "data zero-3 fp32": {"parallel": {"zero": 3}},
+            "data zero-3 bf16 recomputed": {
+                "parallel": {"zero": 3},
+                "train__precision": "bf16",
+                "train__recompute": "full",
+            },
         },
     ),
 }
@@ -74,16 +84,19 @@ def _continue_elsewhere(rank: int, size: int, data: str, folder: str, stages: li
 def test_goes_on_in_another_layout(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     """Without dropout (whose masks belong to a layout), the loss goes on as in the straight run."""
     data = write_data(tmp_path / "data")
-    still = {"model__hidden_dropout": 0.0, "model__attention_dropout": 0.0}
+    growing = {"start": 2, "increment": 2, "samples": 16}  # whole batches from step 10 on
+    still = {"model__hidden_dropout": 0.0, "model__attention_dropout": 0.0, "train__rampup": growing}
     assert pretrain.run(make_recipe(data, tmp_path / "straight", **still)) == 0
 
     moving = tmp_path / "moving"
     assert pretrain.run(make_recipe(data, moving, train__steps=4, **still)) == 0
     stages = [
         {"parallel": {"tensor": 2}, "train__steps": 8, **still},
-        {"train__steps": 10, **still},  # data 2, ZeRO-1 on DeepSpeed
+        {"parallel": {"zero": 3}, "train__steps": 9, **still},
+        {"parallel": {"zero": 2}, "train__steps": 10, **still},
+        {"train__steps": 11, **still},  # data 2, ZeRO-1 on DeepSpeed
     ]
-    assert run_ranks(_continue_elsewhere, 2, str(data), str(moving), stages) == [[0, 0], [0, 0]]
+    assert run_ranks(_continue_elsewhere, 2, str(data), str(moving), stages) == [[0] * len(stages)] * 2
     assert pretrain.run(make_recipe(data, moving, **still)) == 0
     assert losses(moving) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
     assert metrics(moving)[-1]["valid_loss"] == pytest.approx(

@@ -85,6 +85,15 @@ def test_slices_add_up() -> None:
         assert tensor * (memory.parameters_per_rank(model, tensor) - replicated) + replicated == count_parameters(model)
 
 
+def test_each_zero_stage_shares_out_one_more_thing() -> None:
+    held = [make_plan(resolve_recipe("gpt/355m", [f"parallel.zero={zero}"]), 8).memory for zero in range(4)]
+    for zero, (name, before) in enumerate(zip(("optimizer", "gradients", "weights"), held, strict=False), start=1):
+        assert getattr(held[zero], name) == getattr(before, name) // 8
+        assert held[zero].total == before.total - getattr(before, name) + getattr(before, name) // 8
+    text = as_text(make_plan(resolve_recipe("gpt/355m", ["parallel.zero=2"]), 8))
+    assert text.count("(ZeRO-2)") == 2
+
+
 def test_recompute_needs_less_memory() -> None:
     none = make_plan(resolve_recipe("gpt/355m"), 1).memory.activations
     full = make_plan(resolve_recipe("gpt/355m", ["train.recompute=full"]), 1).memory.activations

@@ -90,10 +90,23 @@ def dropout_repeats(section: ModelSection, parallel: ParallelContext) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def on_rank(rank: int, world_size: int) -> dict[str, Any]:
-    parallel = ParallelContext.create(tensor=world_size)
+def masks_between_layers(section: ModelSection, parallel: ParallelContext) -> dict[str, Any]:
+    """What one rank's dropout hid of the embedding, and gradients of parameters that all ranks hold."""
+    section = section.model_copy(update={"hidden_dropout": 0.5})
+    model = build_gpt(section, parallel, seed=3).train()
+    model.set_streams(RandomStreams(parallel, 17))
+    hidden: list[torch.Tensor] = []
+    model.embedding.register_forward_hook(lambda module, inputs, out: hidden.append(out == 0))
+    model.loss(make_batch(section, 0))[0].backward()
+    whole = [param.grad.numpy() for param in model.parameters() if shard_of(param) is None]
+    return {"hidden": hidden[0].numpy(), "grads": whole}
+
+
+def on_rank(rank: int, world_size: int, sequence: bool) -> dict[str, Any]:
+    parallel = ParallelContext.create(tensor=world_size, sequence=sequence)
     found: dict[str, Any] = {name: train(section, parallel, False) for name, section in MODELS.items()}
     found["dropout repeats"] = all(dropout_repeats(section, parallel) for section in MODELS.values())
+    found["masks"] = masks_between_layers(MODELS["gpt2"], parallel)
     return found
 
 
@@ -108,9 +121,13 @@ def assert_close(mine: np.ndarray, theirs: np.ndarray, what: str) -> None:
     assert np.abs(mine - theirs).max() <= 1e-5 * scale, f"{what}: {np.abs(mine - theirs).max() / scale}"
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_slicing_does_not_change_the_model(size: int, run_ranks: Callable[..., list[Any]], reference: Any) -> None:
-    for rank, answer in enumerate(run_ranks(on_rank, size)):
+@pytest.mark.parametrize(("size", "sequence"), [(2, False), (4, False), (2, True), (4, True)])
+def test_slicing_does_not_change_the_model(
+    size: int, sequence: bool, run_ranks: Callable[..., list[Any]], reference: Any
+) -> None:
+    answers = run_ranks(on_rank, size, sequence)
+    _check_masks([answer["masks"] for answer in answers], sequence)
+    for rank, answer in enumerate(answers):
         assert answer["dropout repeats"]
         for name in MODELS:
             mine, theirs = answer[name], reference[name]
@@ -122,6 +139,16 @@ def test_slicing_does_not_change_the_model(size: int, run_ranks: Callable[..., l
             np.testing.assert_allclose(mine["curve"], theirs["curve"], rtol=1e-5)
             assert mine["curve"][-1] < mine["curve"][0] - 0.5, "it did not learn"
             assert mine["padding"] == 0.0, "padding rows got a gradient"
+
+
+def _check_masks(of_ranks: list[dict[str, Any]], sequence: bool) -> None:
+    """Ranks that hold the same tokens hide the same; ranks that hold others hide others. Gradients are whole."""
+    first, *others = of_ranks
+    for other in others:
+        assert np.array_equal(first["hidden"], other["hidden"]) != sequence
+        assert all(np.array_equal(a, b) for a, b in zip(first["grads"], other["grads"], strict=True))
+    share = len(of_ranks) if sequence else 1
+    assert first["hidden"].shape[1] == 24 // share and 0.4 < first["hidden"].mean() < 0.6
 
 
 def test_one_rank_recomputes_with_the_same_dropout() -> None:

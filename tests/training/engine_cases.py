@@ -54,12 +54,14 @@ def reference_run(number: int) -> tuple[list[float], list[float], nn.Module]:
 
 
 def engine_run(
-    kind: Any, number: int, dtype: torch.dtype, parallel: ParallelContext | None = None
+    kind: Any, number: int, dtype: torch.dtype, parallel: ParallelContext | None = None, zero: int = 1
 ) -> tuple[list[float], list[float], dict[str, Any]]:
     """The same steps through an engine; each data rank takes its share of the ``number`` micro-batches of a step."""
     parallel = parallel or ParallelContext.single()
     share = number // parallel.data.size
-    engine = build_engine(kind, make_model(), parallel, SETTINGS, dtype=dtype, accumulation=share, micro_batch_size=4)
+    engine = build_engine(
+        kind, make_model(), parallel, SETTINGS, dtype=dtype, accumulation=share, micro_batch_size=4, zero=zero
+    )
     losses, norms = [], []
     for step, lr in enumerate(RATES, start=1):
         batches = make_batches(step, share, first=parallel.data.rank * share)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 gives what the plain engine gives, says nothing, and shows its state by name."""
+"""DeepSpeed's ZeRO 1, 2 and 3 give what the plain engine gives, says nothing, and shows its state by name."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mlm_cli.training.engine import build_engine
 pytest.importorskip("deepspeed")
 
 
-def _on_ranks(rank: int, size: int) -> dict[str, Any]:
+def _on_ranks(rank: int, size: int, zero: int) -> dict[str, Any]:
     parallel = ParallelContext.create()
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         runs = {
-            f"{label} x{number}": engine_run("deepspeed", number, dtype, parallel)
+            f"{label} x{number}": engine_run("deepspeed", number, dtype, parallel, zero)
             for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
             for number in (2, 6)
         }
-        safe = _survives_infinity(parallel)
-    return {"runs": runs, "said": said.getvalue(), "safe": safe, "fragments": _fragments(parallel)}
+        safe = _survives_infinity(parallel, zero)
+    return {"runs": runs, "said": said.getvalue(), "safe": safe, "fragments": _fragments(parallel, zero)}
 
 
-def _survives_infinity(parallel: ParallelContext) -> list[bool]:
+def _survives_infinity(parallel: ParallelContext, zero: int) -> list[bool]:
     """An infinite input on the last rank alone: no rank changes any state."""
     verdicts = []
     for dtype in (torch.float32, torch.bfloat16):
         engine = build_engine(
-            "deepspeed", make_model(), parallel, SETTINGS, dtype=dtype, accumulation=1, micro_batch_size=4
+            "deepspeed", make_model(), parallel, SETTINGS, dtype=dtype, accumulation=1, micro_batch_size=4, zero=zero
         )
         engine.accumulate(objective, make_batches(1, 1))
         engine.step(0.1)
@@ -54,14 +54,14 @@ def _survives_infinity(parallel: ParallelContext) -> list[bool]:
     return verdicts
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_agrees_with_the_plain_engine(size: int, run_ranks: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize(("size", "zero"), [(1, 1), (2, 1), (2, 2), (2, 3)])
+def test_agrees_with_the_plain_engine(size: int, zero: int, run_ranks: Callable[..., list[Any]]) -> None:
     plain = {
         f"{label} x{number}": engine_run("plain", number, dtype)
         for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         for number in (2, 6)
     }
-    answers = run_ranks(_on_ranks, size)
+    answers = run_ranks(_on_ranks, size, zero)
     _covered_once([answer["fragments"] for answer in answers])
     for answer in answers:
         for name, (losses, norms, weights) in answer["runs"].items():
@@ -79,9 +79,16 @@ def test_agrees_with_the_plain_engine(size: int, run_ranks: Callable[..., list[A
         assert answer["safe"] == [True, True]
 
 
-def _fragments(parallel: ParallelContext) -> list[tuple[str, int, int]]:
+def _fragments(parallel: ParallelContext, zero: int) -> list[tuple[str, int, int]]:
     engine = build_engine(
-        "deepspeed", make_model(), parallel, SETTINGS, dtype=torch.bfloat16, accumulation=1, micro_batch_size=4
+        "deepspeed",
+        make_model(),
+        parallel,
+        SETTINGS,
+        dtype=torch.bfloat16,
+        accumulation=1,
+        micro_batch_size=4,
+        zero=zero,
     )
     return [(fragment.name, fragment.start, fragment.numel) for fragment in engine.fragments()]
 
