@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +101,7 @@ def _job(request: EvaluateRequest) -> int | None:
 
 
 def _request(recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str) -> EvaluateRequest:
-    from mlm_cli.config.requests import EvaluateRequest
+    from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 
     model = words[0] if words else recipe.init_from
     if model is None:
@@ -112,6 +113,13 @@ def _request(recipe: Recipe, words: list[str], task_keys: dict[str, Any], format
             )
     if not recipe.evaluate.tasks:
         raise UsageError("no task given", hint="add `--task perplexity` or `--task classification`")
+    for task in recipe.evaluate.tasks:
+        if task not in EVALUATION_TASKS:
+            near = difflib.get_close_matches(task, EVALUATION_TASKS, n=1)
+            known = f"known tasks: {', '.join(EVALUATION_TASKS)}"
+            raise UsageError(f"unknown task `{task}`", hint=f"did you mean `{near[0]}`?" if near else known)
+    if "perplexity" in recipe.evaluate.tasks and not recipe.evaluate.data:
+        raise UsageError("perplexity needs text", hint="give files or an indexed prefix with --data")
     from_recipe = recipe.task.model_dump(exclude_unset=True) if recipe.task else {}
     return EvaluateRequest(
         model=model,

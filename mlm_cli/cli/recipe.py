@@ -18,6 +18,7 @@ from mlm_cli.cli.flags import (
     split_recipe,
 )
 from mlm_cli.cli.output import emit, emit_json
+from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.schema import Recipe
@@ -48,10 +49,12 @@ def list_recipes(
         if name.startswith(pattern):
             draft = read_draft(str(recipes_root() / f"{name}.yaml"), ())
             rows.append({"name": name, "description": draft.values.get("description", "")})
+    if not rows:
+        raise UsageError(f"no built-in recipe begins with `{pattern}`", hint="`mlm recipe ls` lists them all")
     if format == "json":
         emit_json(rows)
         return 0
-    width = max((len(row["name"]) for row in rows), default=0)
+    width = max(len(row["name"]) for row in rows)
     emit("\n".join(f"{row['name']:<{width}}  {row['description']}" for row in rows))
     return 0
 

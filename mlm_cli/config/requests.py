@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 OutputFormat = Literal["text", "json"]
+EVALUATION_TASKS = ("perplexity", "classification")  # of `mlm evaluate`, known without loading any of them
 Precision = Literal["auto", "fp32", "bf16"]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mlm_cli.config.split import parse_split
 
 
 class Section(BaseModel):
@@ -64,6 +66,12 @@ class DataSection(Section):
     test: str | tuple[WeightedPrefix, ...] | None = None
     mask_documents: bool = Field(default=False, description="no attention across document boundaries inside a sample")
     num_workers: int = Field(default=0, ge=0, description="loader processes a rank")
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, text: str) -> str:
+        parse_split(text)
+        return text
 
 
 class RampupSection(Section):

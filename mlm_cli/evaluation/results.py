@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlm_cli import __version__
 from mlm_cli.errors import ResourceError
 
-if TYPE_CHECKING:
-    from rich.table import Table
+_NUMERIC = (3, 5, 6)  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -92,32 +91,31 @@ def write_results(document: Mapping[str, Any], path: Path) -> None:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def results_table(document: Mapping[str, Any]) -> Table:
-    """The results as the harness prints them: task, metric, value, error."""
-    from rich.table import Table
-
-    table = Table(title=f"{document['model_name']}", title_justify="left")
-    for heading in ("task", "metric", "", "value", "±", "stderr", "samples"):
-        numeric = heading in ("value", "stderr", "samples")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+def results_table(document: Mapping[str, Any]) -> str:
+    """The results as the harness prints them, in Markdown: task, metric, value, error. As wide as it needs to be."""
+    rows = [("task", "metric", "", "value", "", "stderr", "samples")]
     for name, entry in document["results"].items():
-        first = True
+        shown, samples = name, str(document["n-samples"][name]["effective"])
         for key, value in entry.items():
             metric, _, tail = key.rpartition(",")
             if tail != "none" or metric.endswith("_stderr"):
                 continue
+            arrow = "↑" if document["higher_is_better"][name].get(metric) else "↓"
             error = entry[f"{metric}_stderr,none"]
-            table.add_row(
-                name if first else "",
-                metric,
-                "↑" if document["higher_is_better"][name].get(metric) else "↓",
-                _number(value),
-                "±",
-                _number(error),
-                str(document["n-samples"][name]["effective"]) if first else "",
-            )
-            first = False
-    return table
+            rows.append((shown, metric, arrow, _number(value), "±", _number(error), samples))
+            shown = samples = ""  # said once a task
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [_row(row, widths) for row in rows]
+    rule = "|".join("-" * (width + 1) + (":" if at in _NUMERIC else "-") for at, width in enumerate(widths))
+    return "\n".join([document["model_name"], "", lines[0], f"|{rule}|", *lines[1:]])
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    placed = [
+        f"{cell:>{width}}" if at in _NUMERIC else f"{cell:<{width}}"
+        for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return f"| {' | '.join(placed)} |"
 
 
 def _number(value: Any) -> str:

@@ -21,7 +21,9 @@ REQUIRED = (
     "huggingface_hub",
     "numpy",
     "pydantic",
+    "pyyaml",
     "typer",
+    "rich",
 )
 # distribution -> (extra that brings it, what it is for); as in pyproject.toml
 OPTIONAL = {
@@ -164,7 +166,7 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"gpu {number}      {device['name']}, {size}, compute capability {device['capability']}")
     backends = [name for name in ("gloo", "nccl", "mpi") if report["distributed"].get(name)]
     lines += [f"ranks      talk through {', '.join(backends) or 'nothing'}", ""]
-    width = max(len(kernel["name"]) for kernel in report["kernels"])
+    width = max((len(kernel["name"]) for kernel in report["kernels"]), default=0)
     for number, kernel in enumerate(report["kernels"]):
         head = "kernels" if number == 0 else ""
         lines.append(f"{head:<10} {kernel['name']:<{width}}  {kernel['backend']:<9}  {kernel['reason']}")

@@ -14,7 +14,7 @@ import torch
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
-from mlm_cli.config.requests import EvaluateRequest
+from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.classify import ClassificationEvaluator, classification_result
@@ -35,7 +35,7 @@ RESULTS = "results.json"
 def run(request: EvaluateRequest) -> int:
     """Score what ``request`` asks for, on every rank of the job; rank 0 writes and shows. Returns the exit code.
 
-    ``--format json`` puts the whole document on standard output; else a table goes to standard error.
+    Standard output gets a table, or with ``--format json`` the whole document.
 
     Raises:
         UsageError: an unknown task, no data, or options that do not fit the model.
@@ -76,7 +76,7 @@ def resolve(model: str) -> Path:
 def _task_named(name: str) -> Callable[[EvaluateRequest, Path, ParallelContext], TaskResult]:
     known = {"perplexity": _perplexity, "classification": _classification}
     if name not in known:
-        raise UsageError(f"unknown task `{name}`", hint=f"known tasks: {', '.join(known)}")
+        raise UsageError(f"unknown task `{name}`", hint=f"known tasks: {', '.join(EVALUATION_TASKS)}")
     return known[name]
 
 
@@ -213,9 +213,9 @@ def _publish(request: EvaluateRequest, document: dict[str, Any]) -> None:
         write_results(document, folder / RESULTS)
     if request.format == "json":
         sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-        sys.stdout.flush()
-    elif not log.is_quiet() or folder is None:
-        log.console().print(results_table(document))
+    else:
+        sys.stdout.write(results_table(document) + "\n")
+    sys.stdout.flush()
     if folder is not None:
         log.info(f"written to {folder / RESULTS}")
 

@@ -45,11 +45,11 @@ from mlm_cli.tasks.classification import Features, columns_of, encode_examples, 
 from mlm_cli.tasks.classifier_folder import ClassifierFacts, pad_id_of, save_classifier, start_classifier
 from mlm_cli.tasks.labelled_text import read_examples
 from mlm_cli.training.allocator import keep_freed_memory
-from mlm_cli.training.engine import build_engine, choose_engine
+from mlm_cli.training.engine import Engine, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
-from mlm_cli.training.stop import StopFlag, exit_code, find_deadline
+from mlm_cli.training.stop import Cause, StopFlag, exit_code, find_deadline
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,82 @@ def _run(
         session.status.update("finished", step=step, exit_code=0)
         return 0
 
-    # model and engine
+    start = _start(session, tokenizer, data, batch, parallel, source)
+    best, position = start.checkpointer.best, start.position
+    plan = Plan(
+        steps=recipe.train.steps,
+        accumulation=batch.gradient_accumulation_steps,
+        global_batch_size=batch.global_batch_size,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate_every=recipe.evaluate.every,
+        checkpoint_when=lambda step, values: best.beaten_by(values),
+    )
+    supply = training_batches(
+        data.train,
+        pad_id=data.facts.pad_id,
+        seed=recipe.seed,
+        micro_batch_size=batch.micro_batch_size,
+        global_batch_size=batch.global_batch_size,
+        data_rank=parallel.data.rank,
+        data_size=parallel.data.size,
+        start_sample=position.consumed_samples,
+    )
+    evaluator = ClassificationEvaluator(
+        data.dev,
+        parallel,
+        num_labels=len(data.facts.labels),
+        pad_id=data.facts.pad_id,
+        batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
+    )
+    # FLOP/s are not reported: they depend on the lengths of the texts.
+    monitor = build_monitor(session, parallel, start.dtype, position, flops_per_token=None)
+    numerics = build_numerics(session, start.engine, start.streams, parallel, start.checkpointer, position)
+    with closing(monitor):
+        position, received = train(
+            plan,
+            start.engine,
+            supply,
+            objective,
+            build_schedule(recipe),
+            start=position,
+            parallel=parallel,
+            evaluator=evaluator if recipe.evaluate.every else None,
+            checkpointer=start.checkpointer,
+            monitor=monitor,
+            stop=session.stop,
+            numerics=numerics,
+        )
+    return _end(session, position, received, best)
+
+
+def _end(session: Session, position: Position, received: Cause | None, best: Best) -> int:
+    """Write down how the run ended; the exit code."""
+    if received is not None:
+        code = exit_code(received)
+        session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
+        saved = ", checkpoint saved" if position.step else ""
+        log.info(f"{received.name}: stopped after step {position.step:,}{saved}; the same command goes on")
+        return code
+    session.status.update("finished", step=position.step, exit_code=0)
+    log.info(f"{session.run}: {position.step:,} steps done{best.describe()}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What training goes on with: filled from the source model, or from a checkpoint of this run."""
+
+    engine: Engine
+    streams: RandomStreams
+    checkpointer: BestCheckpointer
+    position: Position
+    dtype: torch.dtype
+
+
+def _start(
+    session: Session, tokenizer: Tokenizer, data: TaskData, batch: Batch, parallel: ParallelContext, source: Path
+) -> _Start:
+    recipe = session.recipe
     dtype = choose_dtype(recipe.train.precision, parallel.device)
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, data, parallel, dtype, source if session.found is None else None)
@@ -182,7 +257,6 @@ def _run(
         position = load_state(session.found, engine, streams, parallel)
         log.info(f"resuming {session.run} from {session.found.folder.name}")
 
-    # what is written, and which of it is best
     assert recipe.task is not None
     best = Best(f"dev_{recipe.task.metric}", session.run.best, _score_of_best(session))
     checkpointer = BestCheckpointer(
@@ -196,59 +270,8 @@ def _run(
     )
     checkpointer.best = best
     checkpointer.check_space(3)  # the last, the best and the one being written
-    plan = Plan(
-        steps=recipe.train.steps,
-        accumulation=batch.gradient_accumulation_steps,
-        global_batch_size=batch.global_batch_size,
-        checkpoint_every=recipe.checkpoint.every,
-        evaluate_every=recipe.evaluate.every,
-        checkpoint_when=lambda step, values: best.beaten_by(values),
-    )
     _say_plan(recipe, data, batch, kind, dtype)
-    supply = training_batches(
-        data.train,
-        pad_id=data.facts.pad_id,
-        seed=recipe.seed,
-        micro_batch_size=batch.micro_batch_size,
-        global_batch_size=batch.global_batch_size,
-        data_rank=parallel.data.rank,
-        data_size=parallel.data.size,
-        start_sample=position.consumed_samples,
-    )
-    evaluator = ClassificationEvaluator(
-        data.dev,
-        parallel,
-        num_labels=len(data.facts.labels),
-        pad_id=data.facts.pad_id,
-        batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
-    )
-    # FLOP/s are not reported: they depend on the lengths of the texts.
-    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=None)
-    numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
-    with closing(monitor):
-        position, received = train(
-            plan,
-            engine,
-            supply,
-            objective,
-            build_schedule(recipe),
-            start=position,
-            parallel=parallel,
-            evaluator=evaluator if recipe.evaluate.every else None,
-            checkpointer=checkpointer,
-            monitor=monitor,
-            stop=session.stop,
-            numerics=numerics,
-        )
-    if received is not None:
-        code = exit_code(received)
-        session.status.update("stopped", step=position.step, exit_code=code, message=received.name)
-        saved = ", checkpoint saved" if position.step else ""
-        log.info(f"{received.name}: stopped after step {position.step:,}{saved}; the same command goes on")
-        return code
-    session.status.update("finished", step=position.step, exit_code=0)
-    log.info(f"{session.run}: {position.step:,} steps done{best.describe()}")
-    return 0
+    return _Start(engine, streams, checkpointer, position, dtype)
 
 
 def objective(model: SequenceClassifier, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:

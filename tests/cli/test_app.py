@@ -140,7 +140,7 @@ def test_json_is_exactly_one_document() -> None:
         ["recipe", "check", "gpt/8.3b"],
         ["recipe", "schema"],
         ["pretrain", "debug/gpt", "data.path=x", "parallel.tensor=2", "--nproc", "2", "--dry-run"],
-        ["evaluate", "m", "--task", "perplexity", "--dry-run"],
+        ["evaluate", "m", "--task", "perplexity", "--data", "x", "--dry-run"],
         ["generate", "m", "--prompt", "a", "--nproc", "2", "--dry-run"],
     ):
         done = mlm(*arguments, "--format", "json")
@@ -230,3 +230,15 @@ def test_doctor_reports_without_failing() -> None:
     for item in report["optional"]:
         assert (item["version"] is None) == (item["install"] is not None)
     assert "layer_norm" in mlm("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "perplexty", "--data", "x"], "did you mean `perplexity`?"),
+        (["--task", "perplexity"], "perplexity needs text"),
+    ],
+)
+def test_evaluate_needs_no_model_to_see_a_wrong_command(arguments: list[str], message: str) -> None:
+    said = "\n".join(fails(2, "evaluate", "runs/none", *arguments))
+    assert message in said

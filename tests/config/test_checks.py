@@ -48,10 +48,6 @@ def test_a_good_recipe_has_none() -> None:
         (["schedule.min_lr=1"], None, "`schedule.min_lr` 1 is above"),
         (["data.path=null"], None, "no training data"),
         (["data.train=/d/y"], None, "both set"),
-        (["data.split=a,b"], None, "`data.split` is `a,b`"),
-        (["data.split=0,1,1"], None, "the first above 0"),
-        (["data.split=-1,1"], None, "the first above 0"),
-        (["data.split=1,1,1,1"], None, "up to three shares"),
         (["data.path=[]"], None, "`data.path` is empty"),
         (["tokenizer=null"], None, "`tokenizer` is not set"),
         (["output=null"], None, "`output` is not set"),
@@ -116,3 +112,9 @@ def test_batch_arithmetic() -> None:
     assert (batch.data_parallel_size, batch.micro_batch_size, batch.gradient_accumulation_steps) == (64, 4, 2)
     unset = resolve_recipe("debug/gpt", ["train.global_batch_size=null"])
     assert batch_arithmetic(unset, 4).global_batch_size == 16
+
+
+@pytest.mark.parametrize("split", ["0,0,0", "0,1", "a,b", "1,2,3,4", "-1,2", "nan", ""])
+def test_a_split_is_checked_by_every_verb(split: str) -> None:
+    with pytest.raises(UsageError, match=r"`data\.split` must be up to three shares"):
+        resolve_recipe("debug/gpt", [f"data.split='{split}'"], verb="plan")

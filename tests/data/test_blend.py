@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlm_cli.config.split import parse_split
 from mlm_cli.data.blend import MAX_PERIOD, Blend
-from mlm_cli.data.split import parse_split, split_documents
+from mlm_cli.data.split import split_documents
 from mlm_cli.errors import UsageError
 
 
@@ -86,5 +87,5 @@ def test_splits_as_megatron(text: str, num: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "a,b,c", "1,2,3,4", "0,0,0", "-1,2,0", "nan,1,1"])
 def test_bad_splits(text: str) -> None:
-    with pytest.raises(UsageError, match=r"data\.split"):
+    with pytest.raises(ValueError, match="up to three shares"):
         parse_split(text)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from mlm_cli import log
 from mlm_cli.checkpoint.hub import save_model_folder
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.config.schema import ModelSection, Recipe
@@ -98,14 +97,15 @@ def test_json_is_one_document_with_the_numbers_of_transformers(
     assert document["config"]["model_dtype"] == "float32"
 
 
-def test_text_is_a_table_on_stderr(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_a_table_on_stdout(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "held.txt").write_text(TEXT)
-    log.console.cache_clear()
     assert run(EvaluateRequest(str(lm), ("perplexity",), (str(tmp_path / "held.txt"),))) == 0
-    log.console.cache_clear()
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "bits_per_byte" in captured.err and "word_perplexity" in captured.err
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in captured.out.splitlines() if "|" in line]
+    assert [row[1] for row in rows[2:]] == [
+        "loss", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte",
+    ]  # fmt: skip
+    assert all(float(row[3]) > 0 for row in rows[2:]) and "|" not in captured.err
     assert not (lm / "evaluate").exists()  # not a run folder: nothing is written into it
 
 
