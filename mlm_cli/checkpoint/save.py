@@ -24,7 +24,7 @@ from mlm_cli import __version__
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.background import Work, has_room_for
 from mlm_cli.checkpoint.folder import RunFolder, check_free_space, fsync_path
-from mlm_cli.checkpoint.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files
+from mlm_cli.checkpoint.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files, read_manifest
 from mlm_cli.checkpoint.state import (
     HasState,
     Position,
@@ -84,6 +84,7 @@ class Checkpointer:
             and leaves the writing to functions that it adds there (``hub.save_model_folder``'s ``later``).
         background: ``save(wait=False)`` copies the state and writes while training goes on, where memory allows.
         keep_last: how many checkpoints stay; 0: all.
+        keep_best: how many of the lowest ``valid_loss`` stay beside them.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class Checkpointer:
         streams: Streams | None = None,
         identity: Identity,
         keep_last: int = 3,
+        keep_best: int = 0,
         background: bool = False,
     ) -> None:
         self.run, self.engine, self.parallel, self.streams = run, engine, parallel, streams
         self.write_model, self.identity = write_model, identity
-        self.keep_last, self.background = keep_last, background
+        self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
         self._pending: _Pending | None = None
         self.last_saved: int | None = None
 
@@ -120,7 +122,7 @@ class Checkpointer:
         """
         needed = self.bytes_needed()
         present = agree.on_rank_zero(lambda: len(self.run.steps()))
-        together = min(num_checkpoints, self.keep_last + 1) if self.keep_last else 1
+        together = min(num_checkpoints, self.keep_last + self.keep_best + 1) if self.keep_last else 1
         count = max(1, together - present)
         what = f"{count} checkpoint{'s' if count > 1 else ''} of {needed / 1e9:.2f} GB"
         agree.on_rank_zero(lambda: check_free_space(self.run.path, needed * count, what))
@@ -188,6 +190,18 @@ class Checkpointer:
         self.committed(position, metrics)
         blocked = pending.blocked + time.perf_counter() - begin
         return Saved(position.step, final, blocked, max(pending.work.seconds, blocked))
+
+    def _best_steps(self) -> list[int]:
+        """Steps of the ``keep_best`` checkpoints with the lowest validation loss; of equals the earlier."""
+        scored: list[tuple[float, int]] = []
+        for step in self.run.steps() if self.keep_best else ():
+            try:
+                score = read_manifest(self.run.checkpoint(step)).metrics.get("valid_loss")
+            except CheckpointError:
+                continue  # damaged: worth nothing
+            if score is not None:
+                scored.append((score, step))
+        return [step for _, step in sorted(scored)[: self.keep_best]]
 
     def committed(self, position: Position, metrics: dict[str, float]) -> None:
         """Called by all ranks when a checkpoint is complete; for jobs that do more."""
@@ -265,7 +279,7 @@ class Checkpointer:
             self.run.discard(final)  # a damaged or superseded one of the same step
             temporary.rename(final)
             self.run.set_latest(position.step)  # makes the run folder durable too
-            self.run.prune(self.keep_last)
+            self.run.prune(self.keep_last, self._best_steps())
 
 
 def versions() -> dict[str, str]:

@@ -111,6 +111,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         streams=streams,
         identity=Identity(session.recipe_hash, fingerprint),
         keep_last=recipe.checkpoint.keep_last,
+        keep_best=recipe.checkpoint.keep_best,
         background=recipe.checkpoint.background,
     )
     _check_space(checkpointer, recipe, position)
