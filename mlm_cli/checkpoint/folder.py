@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -129,13 +129,13 @@ class RunFolder:
             elif entry.name.startswith(".") and entry.name.endswith(".tmp"):
                 entry.unlink(missing_ok=True)
 
-    def prune(self, keep_last: int) -> None:
-        """Remove all but the best and the newest ``keep_last`` checkpoints; 0 keeps all. Only after a newer one was
-        verified."""
+    def prune(self, keep_last: int, also: Container[int] = ()) -> None:
+        """Remove all but the best, those of ``also`` and the newest ``keep_last`` checkpoints; 0 keeps all. Only after
+        a newer one was verified."""
         if keep_last > 0:
             best = self.best()
             for step in self.steps()[:-keep_last]:
-                if step != best:
+                if step != best and step not in also:
                     self.discard(self.checkpoint(step))
 
     @contextlib.contextmanager

@@ -54,6 +54,7 @@ def save_model_folder(
     dtype: torch.dtype | None = None,
     head: Head | None = None,
     max_shard_bytes: int = 4 << 30,
+    later: list[Callable[[], None]] | None = None,
 ) -> dict[str, FileRecord]:
     """Write ``model`` in Hugging Face layout. All ranks call; group rank 0 of the tensor group writes.
 
@@ -68,6 +69,8 @@ def save_model_folder(
         dtype: of the files; unset: that of the weights.
         head: a task head in place of the output layer.
         max_shard_bytes: files grow no larger; more than one get an index.
+        later: nothing is written now: a copy of the weights is taken, and what is left to do with it is added to this
+            list, to be called in order, in any thread (no collectives are left).
 
     Returns:
         size and SHA-256 of each weight file (empty on ranks that write nothing).
@@ -82,11 +85,15 @@ def save_model_folder(
     layout = LAYOUTS[hub_layout(model.config)]
     if model.parallel.data.rank != 0:
         return {}
-    writer = _Writer(Path(folder), model.parallel.tensor.rank == 0)
+    writer = _Writer(Path(folder), model.parallel.tensor.rank == 0, later)
     key_map: KeyMap = layout.key_map(model.config)
     jobs = _jobs(model, key_map, weights, dtype, head)
     for number, shard in enumerate(_split(jobs, max_shard_bytes)):
         tensors = {name: tensor for job in shard for name, tensor in job.make().items()}
+        if later is not None:
+            tensors = _own_copies(
+                tensors, [*model.parameters(), *(weights or {}).values(), *(head.tensors.values() if head else ())]
+            )
         writer.weights(number, tensors)
     out_dtype = dtype or _dtype_of(model, weights)
     writer.finish(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head))
@@ -166,18 +173,29 @@ def _split(jobs: list[_Job], most: int) -> list[list[_Job]]:
     return shards
 
 
+def _own_copies(tensors: dict[str, Tensor], live: list[Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory with the ``live`` ones, which will change."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in live}
+    return {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 class _Writer:
     """Writes on one rank. An error is kept until every rank has gone through all collectives, so that none waits."""
 
-    def __init__(self, folder: Path, active: bool) -> None:
-        self.folder, self.active = folder, active
+    def __init__(self, folder: Path, active: bool, later: list[Callable[[], None]] | None = None) -> None:
+        self.folder, self.active, self.later = folder, active, later
         self.records: dict[str, FileRecord] = {}
         self._names: list[list[str]] = []
         self._bytes = 0
         self._error: Exception | None = None
 
     def _try(self, action: Callable[[], None]) -> None:
-        if self.active and self._error is None:
+        if self.active and self.later is not None:
+            self.later.append(action)
+        elif self.active and self._error is None:
             try:
                 action()
             except Exception as error:

@@ -1,5 +1,8 @@
 """Writing a checkpoint so that at every moment the newest one under its final name is whole.
 
+A save has three parts: the state is taken (all ranks, with collectives), written and read back (each rank for itself,
+in the background if asked for, from a copy), and committed (all ranks, once each has written its part).
+
 Everything is written under a temporary name, made durable and read back; then the folder gets its name, then ``latest``
 points at it, and only then older checkpoints go. A failure at any point leaves the previous checkpoint as it was.
 """
@@ -8,7 +11,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +23,19 @@ import torch.distributed as dist
 
 from mlm_cli import __version__
 from mlm_cli.checkpoint import agree
+from mlm_cli.checkpoint.background import Work, has_room_for
 from mlm_cli.checkpoint.folder import RunFolder, check_free_space, fsync_path
-from mlm_cli.checkpoint.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files
-from mlm_cli.checkpoint.state import HasState, Position, Streams, layout_of, rank_file, state_bytes, write_state
+from mlm_cli.checkpoint.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files, read_manifest
+from mlm_cli.checkpoint.state import (
+    HasState,
+    Position,
+    StateFile,
+    Streams,
+    collect_state,
+    layout_of,
+    rank_file,
+    state_bytes,
+)
 from mlm_cli.errors import CheckpointError, MlmError
 from mlm_cli.parallel.context import ParallelContext
 
@@ -42,13 +56,36 @@ class Identity:
     data_fingerprint: str | None = None
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete: its step and folder; seconds that training waited, and that it took."""
+
+    step: int
+    folder: Path
+    blocked: float
+    seconds: float
+
+
+@dataclass
+class _Pending:
+    """A checkpoint being written: by this rank its state, and on the first rank ``model/`` with the hashes of it."""
+
+    position: Position
+    metrics: dict[str, float]
+    work: Work[tuple[FileRecord, dict[str, FileRecord]]]
+    blocked: float
+
+
 class Checkpointer:
     """Saves one run's checkpoints; every method is called by all ranks together.
 
     Args:
         write_model: ``write_model(folder, position, metrics)`` writes ``model/``; all ranks call it, rank 0 writes. The
-            model's parameters are then the float32 masters.
+            model's parameters are then the float32 masters. With ``background`` it is given a list as a fourth argument
+            and leaves the writing to functions that it adds there (``hub.save_model_folder``'s ``later``).
+        background: ``save(wait=False)`` copies the state and writes while training goes on, where memory allows.
         keep_last: how many checkpoints stay; 0: all.
+        keep_best: how many of the lowest ``valid_loss`` stay beside them.
     """
 
     def __init__(
@@ -57,14 +94,17 @@ class Checkpointer:
         engine: SavedEngine,
         parallel: ParallelContext,
         *,
-        write_model: Callable[[Path, Position, Mapping[str, float]], Any],
+        write_model: Callable[..., Any],
         streams: Streams | None = None,
         identity: Identity,
         keep_last: int = 3,
+        keep_best: int = 0,
+        background: bool = False,
     ) -> None:
         self.run, self.engine, self.parallel, self.streams = run, engine, parallel, streams
         self.write_model, self.identity = write_model, identity
-        self.keep_last = keep_last
+        self.keep_last, self.keep_best, self.background = keep_last, keep_best, background
+        self._pending: _Pending | None = None
         self.last_saved: int | None = None
 
     def bytes_needed(self) -> int:
@@ -83,31 +123,94 @@ class Checkpointer:
         """
         needed = self.bytes_needed()
         present = agree.on_rank_zero(lambda: len(self.run.steps()))
-        together = min(num_checkpoints, self.keep_last + 1) if self.keep_last else 1
+        together = min(num_checkpoints, self.keep_last + self.keep_best + 1) if self.keep_last else 1
         count = max(1, together - present)
         what = f"{count} checkpoint{'s' if count > 1 else ''} of {needed / 1e9:.2f} GB"
         agree.on_rank_zero(lambda: check_free_space(self.run.path, needed * count, what))
 
-    def save(self, position: Position, metrics: dict[str, float] | None = None) -> Path:
-        """Write the checkpoint of ``position.step`` and make it the latest; returns its folder.
+    def save(self, position: Position, metrics: dict[str, float] | None = None, *, wait: bool = True) -> Saved | None:
+        """Write the checkpoint of ``position.step`` and make it the latest.
+
+        Args:
+            wait: until it is complete. Else it may go on in the background: ``finish`` it when ``writing`` is over on
+                all ranks. A save begins by finishing the one before.
+
+        Returns:
+            the last checkpoint completed here; None: none was.
 
         Raises:
             ResourceError: no room, found before or while writing. The previous checkpoint is intact.
             CheckpointError: the folder cannot be written, or reads back differently.
         """
-        final, temporary = self.run.checkpoint(position.step), self.run.temporary(position.step)
+        before = self.finish()
+        begin = time.perf_counter()
+        temporary = self.run.temporary(position.step)
         needed = self.bytes_needed()
+        aside = self.background and not wait and self._has_room(needed)
+        later: list[Callable[[], None]] = []
         try:
             agree.on_rank_zero(lambda: self._prepare(temporary, needed))
-            record = agree.all_succeed(lambda: self._write_state(temporary, position))
-            agree.all_succeed(lambda: self._write_model(temporary / "model", position, metrics or {}))
+            state = agree.all_succeed(
+                lambda: collect_state(self.engine, self.streams, position, self.parallel, copy=aside)
+            )
+            given = (temporary / "model", position, metrics or {}, *((later,) if aside else ()))
+            agree.all_succeed(lambda: self._write_model(*given))
+        except MlmError:
+            agree.on_rank_zero(lambda: self.run.discard(temporary))
+            raise
+        work = Work(lambda: self._write(temporary, state, later), in_thread=aside)
+        self._pending = _Pending(position, metrics or {}, work, time.perf_counter() - begin)
+        return before if aside else self.finish()
+
+    @property
+    def pending(self) -> bool:
+        """Has a save begun that is not complete? Equal on all ranks."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Is this rank still writing?"""
+        return self._pending is not None and self._pending.work.running
+
+    def finish(self) -> Saved | None:
+        """Wait for the save under way and commit it; None where there is none. Errors as in ``save``."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        begin = time.perf_counter()
+        position, metrics = pending.position, pending.metrics
+        final, temporary = self.run.checkpoint(position.step), self.run.temporary(position.step)
+        try:
+            record, others = agree.all_succeed(pending.work.result)
             records = self._gather(record)
-            agree.on_rank_zero(lambda: self._commit(temporary, final, position, records, metrics or {}))
+            agree.on_rank_zero(lambda: self._commit(temporary, final, position, records, others, metrics))
         except MlmError:
             agree.on_rank_zero(lambda: self.run.discard(temporary))
             raise
         self.last_saved = position.step
-        return final
+        self.committed(position, metrics)
+        blocked = pending.blocked + time.perf_counter() - begin
+        return Saved(position.step, final, blocked, max(pending.work.seconds, blocked))
+
+    def _best_steps(self) -> list[int]:
+        """Steps of the ``keep_best`` checkpoints with the lowest validation loss; of equals the earlier."""
+        scored: list[tuple[float, int]] = []
+        for step in self.run.steps() if self.keep_best else ():
+            try:
+                score = read_manifest(self.run.checkpoint(step)).metrics.get("valid_loss")
+            except CheckpointError:
+                continue  # damaged: worth nothing
+            if score is not None:
+                scored.append((score, step))
+        return [step for _, step in sorted(scored)[: self.keep_best]]
+
+    def committed(self, position: Position, metrics: dict[str, float]) -> None:
+        """Called by all ranks when a checkpoint is complete; for jobs that do more."""
+
+    def _has_room(self, needed: int) -> bool:
+        """Can every rank hold a copy of its part? Ranks of one machine share its memory: each asks for all of it."""
+        full = torch.tensor(0.0 if has_room_for(needed) else 1.0, device=self.parallel.device)
+        return float(self.parallel.world.all_reduce_(full)) == 0.0
 
     def _prepare(self, temporary: Path, needed: int) -> None:
         with agree.disk_errors(temporary, "making"):
@@ -116,17 +219,29 @@ class Checkpointer:
             (temporary / "model").mkdir(parents=True)
             (temporary / "state").mkdir()
 
-    def _write_state(self, temporary: Path, position: Position) -> FileRecord:
-        path = temporary / rank_file(self.parallel.world.rank)
+    def _write(
+        self, temporary: Path, state: StateFile, later: list[Callable[[], None]]
+    ) -> tuple[FileRecord, dict[str, FileRecord]]:
+        """This rank's part, read back: the record of its state, and on the first rank those of all other files."""
+        path = temporary / state.name
         with agree.disk_errors(path, "writing"):
-            record = write_state(temporary, self.engine, self.streams, position, self.parallel)
+            record = state.write(temporary)
             if hash_file(path) != record:
                 raise CheckpointError(f"{path} reads back differently than it was written", hint="check this disk")
-        return record
+        with agree.disk_errors(temporary / "model", "writing"):
+            for action in later:
+                action()
+            others: dict[str, FileRecord] = {}
+            if self.parallel.world.rank == 0:
+                for name in list_files(temporary):
+                    if not name.startswith("state/"):
+                        others[name] = hash_file(temporary / name)
+                        fsync_path(temporary / name)
+        return record, others
 
-    def _write_model(self, folder: Path, position: Position, metrics: Mapping[str, float]) -> None:
+    def _write_model(self, folder: Path, *given: Any) -> None:
         with agree.disk_errors(folder, "writing"), self.engine.fp32_weights():
-            self.write_model(folder, position, metrics)
+            self.write_model(folder, *given)
 
     def _gather(self, record: FileRecord) -> list[FileRecord]:
         if self.parallel.world.size == 1:
@@ -136,15 +251,18 @@ class Checkpointer:
         return records
 
     def _commit(
-        self, temporary: Path, final: Path, position: Position, records: list[FileRecord], metrics: dict[str, float]
+        self,
+        temporary: Path,
+        final: Path,
+        position: Position,
+        records: list[FileRecord],
+        others: dict[str, FileRecord],
+        metrics: dict[str, float],
     ) -> None:
         """Rank 0: manifest, final name, ``latest``, then the old ones."""
         with agree.disk_errors(temporary, "writing"):
             files = {rank_file(rank): record for rank, record in enumerate(records)}
-            for name in list_files(temporary):
-                if name not in files:
-                    files[name] = hash_file(temporary / name)
-                    fsync_path(temporary / name)
+            files |= others
             manifest = Manifest(
                 step=position.step,
                 consumed_samples=position.consumed_samples,
@@ -162,7 +280,7 @@ class Checkpointer:
             self.run.discard(final)  # a damaged or superseded one of the same step
             temporary.rename(final)
             self.run.set_latest(position.step)  # makes the run folder durable too
-            self.run.prune(self.keep_last)
+            self.run.prune(self.keep_last, self._best_steps())
 
 
 def versions() -> dict[str, str]:

@@ -104,10 +104,23 @@ def state_bytes(engine: HasState) -> int:
     return sum(4 * fragment.numel * len(KINDS) for fragment in engine.fragments()) + (1 << 16)
 
 
-def write_state(
-    folder: Path, engine: HasState, streams: Streams | None, position: Position, parallel: ParallelContext
-) -> FileRecord:
-    """Write this rank's file below the checkpoint ``folder``; returns its size and hash."""
+@dataclass(frozen=True)
+class StateFile:
+    """What one rank's file will hold. ``write`` needs nothing but the file system."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def write(self, folder: Path) -> FileRecord:
+        """Write it below the checkpoint ``folder``; returns its size and hash."""
+        return write_tensors(folder / self.name, self.tensors, self.metadata)
+
+
+def collect_state(
+    engine: HasState, streams: Streams | None, position: Position, parallel: ParallelContext, *, copy: bool = False
+) -> StateFile:
+    """This rank's state as it is now; with ``copy`` in memory of its own, so that training may go on."""
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
     for fragment in engine.fragments():
@@ -118,7 +131,8 @@ def write_state(
             "shard": None if fragment.shard is None else [fragment.shard.dim, fragment.shard.blocks],
         }
         if fragment.numel:
-            tensors |= {f"{kind}/{fragment.name}": fragment.tensors[kind] for kind in KINDS}
+            live = {f"{kind}/{fragment.name}": fragment.tensors[kind] for kind in KINDS}
+            tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()} if copy else live
     rng_tensors, rng_values = _rng_state(parallel.device, streams)
     tensors |= rng_tensors
     about = {
@@ -138,7 +152,7 @@ def write_state(
         "rng": rng_values,
     }
     metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
-    return write_tensors(folder / rank_file(parallel.world.rank), tensors, metadata)
+    return StateFile(rank_file(parallel.world.rank), tensors, metadata)
 
 
 def read_about(path: Path) -> tuple[dict[str, Any], Any]:

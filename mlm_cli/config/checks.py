@@ -31,6 +31,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _rollback(recipe)
         found += _time_limit(recipe)
         found += _engine(recipe)
+        found += _keep_best(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
@@ -136,6 +137,17 @@ def _time_limit(recipe: Recipe) -> Iterator[Mistake]:
             ("train.time_limit",),
             f"`train.time_limit` is `{limit}`, which is no length of time",
             "minutes or H:MM:SS, for example `train.time_limit=90` or `train.time_limit=1:30:00`",
+        )
+
+
+def _keep_best(recipe: Recipe) -> Iterator[Mistake]:
+    every, evaluations = recipe.checkpoint.every, recipe.evaluate.every
+    if recipe.checkpoint.keep_best and recipe.task is None and not (evaluations and every and every % evaluations == 0):
+        yield Mistake(
+            ("checkpoint.keep_best", "evaluate.every", "checkpoint.every"),
+            f"`checkpoint.keep_best` needs a validation before each checkpoint, and `evaluate.every` is {evaluations}"
+            f" with `checkpoint.every` {every}",
+            f"use `evaluate.every={every or 1000}` and `checkpoint.every={every or 1000}`",
         )
 
 

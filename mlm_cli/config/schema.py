@@ -167,6 +167,12 @@ class CheckpointSection(Section):
 
     every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: int = Field(default=3, ge=0, description="0 keeps all")
+    keep_best: int = Field(
+        default=0, ge=0, description="checkpoints with the lowest validation loss that stay beside the last ones"
+    )
+    background: bool = Field(
+        default=True, description="copy the state and write while training goes on; false, or memory short: wait"
+    )
     resume: Literal["auto", "never"] | str = Field(default="auto", description="auto, never, or a checkpoint folder")
     dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="of model/; auto: fp32 master weights")
 

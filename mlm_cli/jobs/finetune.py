@@ -62,6 +62,9 @@ class TaskData:
     fingerprint: str
 
 
+Later = list[Callable[[], None]] | None  # what is left to write, for the background
+
+
 def run(recipe: Recipe) -> int:
     """Fine-tune, or go on fine-tuning, on every rank of the job.
 
@@ -267,6 +270,7 @@ def _start(
         streams=streams,
         identity=Identity(session.recipe_hash, data.fingerprint),
         keep_last=recipe.checkpoint.keep_last,
+        background=recipe.checkpoint.background,
     )
     checkpointer.best = best
     checkpointer.check_space(3)  # the last, the best and the one being written
@@ -314,12 +318,10 @@ class BestCheckpointer(Checkpointer):
 
     best: Best
 
-    def save(self, position: Position, metrics: dict[str, float] | None = None) -> Path:
-        folder = super().save(position, metrics)
-        if self.best.beaten_by(metrics or {}):
+    def committed(self, position: Position, metrics: dict[str, float]) -> None:
+        if self.best.beaten_by(metrics):
             agree.on_rank_zero(lambda: self.run.set_best(position.step))
-            self.best.score = (metrics or {})[self.best.metric]
-        return folder
+            self.best.score = metrics[self.best.metric]
 
 
 def _score_of_best(session: Session) -> float | None:
@@ -342,10 +344,10 @@ def _score_of_best(session: Session) -> float | None:
 
 def _model_writer(
     model: SequenceClassifier, tokenizer: Tokenizer, facts: ClassifierFacts, recipe: Recipe
-) -> Callable[[Path, Position, Mapping[str, float]], None]:
+) -> Callable[..., None]:
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float]) -> None:
+    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> None:
         meta = {
             "name": Path(recipe.output or "model").name,
             "started from": recipe.init_from,
@@ -355,7 +357,7 @@ def _model_writer(
             "accuracy on the dev file": metrics.get("dev_accuracy"),
             "F1 on the dev file": metrics.get("dev_f1"),
         }
-        save_classifier(model, folder, tokenizer, facts, meta=meta, dtype=dtype)
+        save_classifier(model, folder, tokenizer, facts, meta=meta, dtype=dtype, later=later)
 
     return write
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +46,8 @@ from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
 from mlm_cli.training.stop import Cause, StopFlag, exit_code, find_deadline
 from mlm_cli.training.validation import Validator
+
+Later = list[Callable[[], None]] | None  # what is left to write, for the background
 
 
 def run(recipe: Recipe) -> int:
@@ -112,6 +114,8 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         streams=streams,
         identity=Identity(session.recipe_hash, fingerprint),
         keep_last=recipe.checkpoint.keep_last,
+        keep_best=recipe.checkpoint.keep_best,
+        background=recipe.checkpoint.background,
     )
     _check_space(checkpointer, recipe, position)
     supply = batches(
@@ -260,7 +264,7 @@ def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # t
     name = Path(recipe.output or "model").name
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float]) -> None:
+    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> None:
         meta = {
             "name": name,
             "steps": position.step,
@@ -269,7 +273,7 @@ def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # t
             "training loss": metrics.get("loss"),
             "validation loss": metrics.get("valid_loss"),
         }
-        save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype)
+        save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype, later=later)
 
     return write
 

@@ -89,6 +89,7 @@ def build_numerics(
     policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
 
     def rollback() -> Position:
+        checkpointer.finish()
         found = find_newest(session.run)
         assert found is not None, "a run that rolls back has saved its first step"
         return load_state(found, engine, streams, parallel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,12 @@ def save_classifier(
     *,
     meta: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    later: list[Callable[[], None]] | None = None,
 ) -> None:
-    """Write the model as transformers' classifier of its architecture. All ranks call."""
+    """Write the model as transformers' classifier of its architecture. All ranks call.
+
+    ``later``: as in ``save_model_folder``.
+    """
     config = {
         "num_labels": len(facts.labels),
         "id2label": {str(number): label for number, label in enumerate(facts.labels)},
@@ -74,7 +78,7 @@ def save_classifier(
         "mlm_task": {"name": "classification", "max_length": facts.max_length},
     }
     head = Head(ARCHITECTURE, {"score.weight": classifier.score.weight.detach().cpu()}, config)
-    save_model_folder(classifier.gpt, folder, tokenizer, meta=meta, dtype=dtype, head=head)
+    save_model_folder(classifier.gpt, folder, tokenizer, meta=meta, dtype=dtype, head=head, later=later)
 
 
 def load_classifier(

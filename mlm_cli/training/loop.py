@@ -84,7 +84,7 @@ def train(
         outcomes = engine.accumulate(beating, micro_batches)
 
         # every rank learns the mean loss, and whether anyone saw a NaN or a signal (host sync)
-        report = agree_on_step(outcomes, stop, parallel)
+        report = agree_on_step(outcomes, stop, parallel, writing=checkpointer.writing)
         trouble = numerics.judge(step, report, position)
 
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
@@ -100,6 +100,7 @@ def train(
             position = position.after(step, samples, tokens=tokens)
             position = numerics.accept(report.loss, position)
         else:
+            monitor.saved(checkpointer.finish())
             position = numerics.handle(
                 trouble,
                 position,
@@ -131,11 +132,13 @@ def train(
         record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
         monitor.record(step, record, force=bool(values or told) or last)
 
-        # checkpoint
+        # checkpoint; one written in the background is complete as soon as every rank has written its part
+        if not report.writing:
+            monitor.saved(checkpointer.finish())
         wanted = plan.checkpoint_when is not None and bool(values) and plan.checkpoint_when(step, values)
         if last or wanted or _due(step, plan.checkpoint_every, False):
             metrics = {**({"loss": report.loss} if trouble is None else {}), **values}
-            monitor.saved(step, checkpointer.save(position, metrics))
+            monitor.saved(checkpointer.save(position, metrics, wait=last))
         if cause is not None:
             return position, cause
     return position, None

@@ -17,6 +17,7 @@ import torch
 
 from mlm_cli import log
 from mlm_cli.checkpoint.folder import RunFolder
+from mlm_cli.checkpoint.save import Saved
 from mlm_cli.training.metrics import Speed, peak_memory
 from mlm_cli.training.status import Status
 
@@ -139,6 +140,7 @@ class Monitor:
         self._board = _open_tensorboard(run.path / "tensorboard", resumed_step) if writes and tensorboard else None
         self._speed, self._warm = Speed(), False
         self._pace: float | None = None  # smoothed seconds per step
+        self._notes: dict[str, float] = {}  # for the next record
         self._step_began = self._data_seconds = 0.0
 
     def begin_step(self) -> None:
@@ -169,7 +171,13 @@ class Monitor:
             return
         logged = force or step % self.every == 0 or step == self.steps
         mem = peak_memory(self.device) if logged or self.line.live else 0
-        known = {"step": step, "mem": mem, **values, **self._speed.values(self.flops_per_token, self.peak_flops)}
+        known = {
+            "step": step,
+            "mem": mem,
+            **values,
+            **(self._notes if logged else {}),
+            **self._speed.values(self.flops_per_token, self.peak_flops),
+        }
         record = {key: known.get(key) for key in KEYS} | known
         left = None if self._pace is None else self._pace * (self.steps - step)
         self.line.show(record, left, logged=logged)
@@ -177,6 +185,7 @@ class Monitor:
             return
         assert self._file is not None
         self._file.write(record)
+        self._notes = {}
         if self._board is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
@@ -191,12 +200,13 @@ class Monitor:
             self._file.cut_after(step)
         self._speed, self._warm = Speed(), False
 
-    def saved(self, step: int, folder: Path) -> None:
-        """A checkpoint is complete."""
-        if self.writes:
+    def saved(self, saved: Saved | None) -> None:
+        """A checkpoint is complete; the next record tells how long training waited for it, and how long it took."""
+        if self.writes and saved is not None:
             self.line.clear()
-            log.detail(f"checkpoint {folder.name} saved")
-            self.status.update("running", step=step, checkpoint=folder.name)
+            log.detail(f"{saved.folder.name} saved in {saved.seconds:.2f} s, {saved.blocked:.2f} s of them waited for")
+            self._notes = {"checkpoint_blocked": saved.blocked, "checkpoint_seconds": saved.seconds}
+            self.status.update("running", checkpoint=saved.folder.name)
 
     def close(self) -> None:
         self.line.clear()

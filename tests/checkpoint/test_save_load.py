@@ -221,3 +221,13 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path, run_ranks: Callable
     assert said[0] == said[1] and "disk full while writing" in said[0] and "rank-00001" in said[0]
     assert RunFolder(tmp_path).steps() == [1]
     assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_keeps_the_best_beside_the_last(tmp_path: Path) -> None:
+    engine = make_engine(ParallelContext.single())
+    checkpointer = make_checkpointer(tmp_path, engine, ParallelContext.single(), keep_last=1, keep_best=2)
+    stays = []
+    for step, loss in enumerate([3.0, 2.0, 2.5, 2.0, None, 1.0, 4.0], start=1):
+        checkpointer.save(Position(step, step), {} if loss is None else {"valid_loss": loss})
+        stays.append(checkpointer.run.steps())
+    assert stays == [[1], [1, 2], [2, 3], [2, 4], [2, 4, 5], [2, 6], [2, 6, 7]]

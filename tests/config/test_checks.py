@@ -9,6 +9,7 @@ import pytest
 from mlm_cli.config.checks import check
 from mlm_cli.config.derived import batch_arithmetic
 from mlm_cli.config.resolve import resolve_recipe
+from mlm_cli.config.schema import Recipe
 from mlm_cli.errors import UsageError
 
 GOOD = ["data.path=/d/x"]
@@ -118,3 +119,14 @@ def test_batch_arithmetic() -> None:
 def test_a_split_is_checked_by_every_verb(split: str) -> None:
     with pytest.raises(UsageError, match=r"`data\.split` must be up to three shares"):
         resolve_recipe("debug/gpt", [f"data.split='{split}'"], verb="plan")
+
+
+def test_keep_best_needs_a_validation_before_each_checkpoint() -> None:
+    def keys(every: int, evaluations: int) -> list[tuple[str, ...]]:
+        recipe = Recipe.model_validate(
+            {"checkpoint": {"keep_best": 1, "every": every}, "evaluate": {"every": evaluations}}
+        )
+        return [mistake.keys for mistake in check(recipe, verb="plan") if "checkpoint.keep_best" in mistake.keys]
+
+    assert keys(100, 50) == keys(100, 100) == []
+    assert len(keys(100, 0)) == len(keys(100, 70)) == len(keys(0, 100)) == 1
