@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mlm_cli.checkpoint.hub_read import LAYOUTS
@@ -23,7 +24,7 @@ from mlm_cli.config.shapes import hub_layout
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.gpt import GPT
-from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.shard import gather_full, shard_of
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -85,9 +86,12 @@ def save_model_folder(
     layout = LAYOUTS[hub_layout(model.config)]
     if model.parallel.data.rank != 0:
         return {}
-    writer = _Writer(Path(folder), model.parallel.tensor.rank == 0, later)
+    first_slice = model.parallel.tensor.rank == 0 and model.parallel.pipeline.rank == 0
+    writer = _Writer(Path(folder), first_slice, later)
     key_map: KeyMap = layout.key_map(model.config)
     jobs = _jobs(model, key_map, weights, dtype, head)
+    if model.parallel.pipeline.size > 1:
+        jobs = _from_all_stages(jobs, model.parallel.pipeline)
     for number, shard in enumerate(_split(jobs, max_shard_bytes)):
         tensors = {name: tensor for job in shard for name, tensor in job.make().items()}
         if later is not None:
@@ -124,6 +128,8 @@ def _jobs(
     for name, param in model.named_parameters():
         if name == "head.weight" and head is not None:
             continue
+        if name.startswith("embedding.") and not model.has_embedding:
+            continue  # the copy of tied words: the first stage writes them
         local = weights[name] if weights is not None else param.detach()
         kind = dtype or local.dtype
         size = local.numel() * (model.parallel.tensor.size if shard_of(param) else 1) * kind.itemsize
@@ -131,9 +137,24 @@ def _jobs(
     default = dtype or _dtype_of(model, weights)
     zeros = {name: torch.zeros(shape, dtype=default) for name, shape in key_map.zeros.items()}
     extra = {name: tensor.detach().to(default) for name, tensor in head.tensors.items()} if head else {}
-    for name, tensor in (zeros | extra).items():
+    for name, tensor in (zeros | extra).items() if model.has_embedding else ():
         jobs.append(_Job(tensor.numel() * tensor.element_size(), lambda pair=(name, tensor): dict([pair])))
     return jobs
+
+
+def _from_all_stages(own: list[_Job], pipeline: Group) -> list[_Job]:
+    """The jobs of all stages in order, each done by its stage and handed to the first, which writes."""
+    sizes: list[Any] = [None] * pipeline.size
+    dist.all_gather_object(sizes, [job.num_bytes for job in own], group=pipeline.handle)
+
+    def job(stage: int, number: int) -> _Job:
+        def make() -> dict[str, Tensor]:
+            tensors = own[number].make() if pipeline.rank == stage else {}
+            return pipeline.to_first(tensors, stage)
+
+        return _Job(sizes[stage][number], make)
+
+    return [job(stage, number) for stage in range(pipeline.size) for number in range(len(sizes[stage]))]
 
 
 def _dtype_of(model: GPT, weights: Mapping[str, Tensor] | None) -> torch.dtype:

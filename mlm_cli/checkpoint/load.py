@@ -158,7 +158,7 @@ class StoredState:
         for about, handle in self.ranks:
             entry = about["parameters"].get(name)
             place = int(about["place"]["tensor"])
-            if entry is None or not entry["numel"] or (place, entry["start"]) in done:
+            if entry is None or entry.get("copy") or not entry["numel"] or (place, entry["start"]) in done:
                 continue  # owned elsewhere, or a data-parallel copy of what was read
             done.add((place, entry["start"]))
             part = slices[place]

@@ -38,6 +38,7 @@ class Fragment:
         shape: of this rank's tensor slice of the parameter.
         shard: how that slice was cut; None: not sliced.
         start: where the fragment begins in the flattened slice.
+        copy: another stage owns the parameter too, and counts (the tied word embedding).
         tensors: ``KINDS`` -> the live flat float32 tensors of the optimizer; writing to them loads a state.
     """
 
@@ -46,6 +47,7 @@ class Fragment:
     shard: Shard | None
     start: int
     tensors: dict[str, Tensor]
+    copy: bool = False
 
     @property
     def numel(self) -> int:
@@ -128,6 +130,7 @@ def collect_state(
             "start": fragment.start,
             "numel": fragment.numel,
             "shape": list(fragment.shape),
+            "copy": fragment.copy,
             "shard": None if fragment.shard is None else [fragment.shard.dim, fragment.shard.blocks],
         }
         if fragment.numel:

@@ -213,6 +213,25 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             "`train.engine` deepspeed needs `parallel.zero` of 1, 2 or 3",
             "use `parallel.zero=1`, or `train.engine=auto`",
         )
+    if parallel.pipeline > 1 and (parallel.zero != 1 or train.engine == "plain"):
+        yield Mistake(
+            ("parallel.pipeline", "parallel.zero", "train.engine"),
+            f"`parallel.pipeline` {parallel.pipeline} runs with ZeRO-1 on DeepSpeed alone: stages keep their gradients "
+            "and weights over many micro-batches",
+            "use `parallel.zero=1` and `train.engine=auto`, or `parallel.pipeline=1`",
+        )
+    if parallel.pipeline > recipe.model.num_layers:
+        yield Mistake(
+            ("parallel.pipeline", "model.num_layers"),
+            f"`model.num_layers` {recipe.model.num_layers} cannot fill `parallel.pipeline` {parallel.pipeline} stages",
+            f"use `parallel.pipeline={recipe.model.num_layers}` or less",
+        )
+    if parallel.pipeline > 1 and recipe.init_from is not None:
+        yield Mistake(
+            ("parallel.pipeline", "init_from"),
+            "`init_from` reads whole models, and a stage is a part of one",
+            "use `parallel.pipeline=1`, with `parallel.tensor` or `parallel.zero=3` for large models",
+        )
     if parallel.sequence and recipe.model.seq_length % parallel.tensor:
         yield Mistake(
             ("parallel.sequence", "model.seq_length", "parallel.tensor"),
@@ -232,8 +251,11 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
     keys = ("parallel.tensor", "parallel.pipeline")
     if world_size % model_size:
         if world_size < model_size:
-            message = f"`parallel.tensor` {recipe.parallel.tensor} needs {model_size} ranks, and there is {world_size}"
-            hint = f"add `--nproc {model_size}`, or use `parallel.tensor={world_size}`"
+            stages = f" x `parallel.pipeline` {recipe.parallel.pipeline}" if recipe.parallel.pipeline > 1 else ""
+            sizes = f"`parallel.tensor` {recipe.parallel.tensor}{stages}"
+            message = f"{sizes} needs {model_size} ranks, and there is {world_size}"
+            smaller = "`parallel.tensor=1` and `parallel.pipeline=1`" if stages else f"`parallel.tensor={world_size}`"
+            hint = f"add `--nproc {model_size}`, or use {smaller}"
         else:
             message = f"{world_size} ranks are not a multiple of the {model_size} that hold one model"
             fits = world_size // model_size * model_size

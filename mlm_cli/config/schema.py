@@ -152,7 +152,7 @@ class ParallelSection(Section):
     """How ranks are laid out; data-parallel size is what is left."""
 
     tensor: int = Field(default=1, ge=1)
-    pipeline: Literal[1] = 1
+    pipeline: int = Field(default=1, ge=1, description="stages that the layers are shared out over")
     sequence: bool = Field(
         default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
     )

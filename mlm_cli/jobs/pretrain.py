@@ -296,7 +296,7 @@ def _build_validator(
 
 def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
     label = "bf16" if dtype == torch.bfloat16 else "fp32"
-    layout = f"tensor {parallel.tensor.size} x data {parallel.data.size}"
+    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size} x data {parallel.data.size}"
     log.info(
         f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
         f"{batch.global_batch_size} x {recipe.model.seq_length:,} tokens a step "

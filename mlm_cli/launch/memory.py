@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups, padded_vocab_size
 from mlm_cli.models.count import count_parameters
+from mlm_cli.models.stages import balance, layer_costs
 
 ACTIVATIONS_FORMULA = "Korthikanti et al. 2022, table 2, without the attention matrix (fused attention)"
 LOSS_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time, about
@@ -35,9 +36,27 @@ def replicated_parameters(model: ModelSection) -> int:
     return (model.seq_length * h if model.position == "learned" else 0) + model.num_layers * per_layer + norm
 
 
-def parameters_per_rank(model: ModelSection, tensor: int) -> int:
+def parameters_per_rank(model: ModelSection, tensor: int, pipeline: int = 1) -> int:
+    """Of the rank that holds most."""
     whole = replicated_parameters(model)
+    if pipeline > 1:
+        return max(_stage_parameters(model, tensor, part) for part in balance(layer_costs(model), pipeline))
     return whole + (count_parameters(model) - whole) // tensor
+
+
+def _stage_parameters(model: ModelSection, tensor: int, part: range) -> int:
+    """A stage's share of the layers, numbered as in ``models.gpt.gpt_layer_specs``; tied words are at both ends."""
+    h, last = model.hidden_size, model.num_layers + 2
+    position = model.seq_length * h if model.position == "learned" else 0
+    norm = 2 * h if model.norm == "layernorm" else h
+    words = padded_vocab_size(model) * h
+    ends = words * (1 if model.tie_embeddings else 2) + position + norm
+    layer_whole = (replicated_parameters(model) - position - norm) // model.num_layers
+    layer = (count_parameters(model) - ends) // model.num_layers
+    layers = sum(1 <= number <= model.num_layers for number in part)
+    held = layers * (layer_whole + (layer - layer_whole) // tensor)
+    held += (0 in part) * position + (last - 1 in part) * norm
+    return held + ((0 in part) + (last in part)) * words // tensor
 
 
 def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Memory:
@@ -54,7 +73,8 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     """
     model, tensor = recipe.model, recipe.parallel.tensor
     half = recipe.train.precision != "fp32"
-    params = parameters_per_rank(model, tensor)
+    pipeline = recipe.parallel.pipeline
+    params = parameters_per_rank(model, tensor, pipeline)
     shards, grad_shards, weight_shards = (
         data_parallel_size if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3)
     )
@@ -62,6 +82,10 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     tokens = recipe.train.micro_batch_size * model.seq_length
     outer = tensor if recipe.parallel.sequence else 1
     activations = _activations(model, tensor, outer, tokens, width, full_recompute=recipe.train.recompute == "full")
+    if pipeline > 1:
+        # The first stage keeps a micro-batch for every stage behind it (Narayanan et al. 2021, section 2.2).
+        layers = max(len(part) for part in balance(layer_costs(model), pipeline))
+        activations = activations * min(layers, model.num_layers) * pipeline // model.num_layers
     rows = min(tokens, LOSS_CHUNK_TOKENS)
     return Memory(
         weights=width * params // weight_shards,

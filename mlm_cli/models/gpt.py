@@ -17,6 +17,7 @@ from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.info import SequenceInfo, build_info
 from mlm_cli.models.rotary import RotaryTable
 from mlm_cli.models.spec import LayerSpec
+from mlm_cli.models.stages import balance, layer_costs
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import VocabParallelEmbedding, new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
@@ -64,6 +65,18 @@ class Position(nn.Module):
         return F.embedding(own_tokens(positions, self.sequence, -1), copy_to_group(self.weight, self.sequence))
 
 
+class TiedWords(nn.Module):
+    """A stage's copy of the word embedding, where the output layer that shares it is on another stage."""
+
+    masks: Masks
+
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        sizes = (model.vocab_size or 0, padded_vocab_size(model), model.hidden_size)
+        options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
+        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, **options)
+
+
 class Head(nn.Module):
     """Output layer: the rows of the vocabulary cut over the tensor group. Tied, it has no weight of its own."""
 
@@ -84,40 +97,54 @@ class Head(nn.Module):
 
 def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> list[LayerSpec]:
     """The whole model as a flat list: embedding, layers, final norm, output layer."""
-    from mlm_cli.models.count import parameter_parts
-
-    parts = parameter_parts(model)
-    cost = (parts["attention"] + parts["mlp"]) // model.num_layers
-    vocabulary = padded_vocab_size(model) * model.hidden_size
+    costs = layer_costs(model)
     tied = "embedding.word.weight" if model.tie_embeddings else None
     return [
         LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
-        *(LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), cost) for i in range(model.num_layers)),
+        *(
+            LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), costs[1 + i])
+            for i in range(model.num_layers)
+        ),
         LayerSpec("final_norm", lambda: Norm(model, parallel, dtype)),
-        LayerSpec("head", lambda: Head(model, parallel, dtype), vocabulary, tied),
+        LayerSpec("head", lambda: Head(model, parallel, dtype), costs[-1], tied),
     ]
 
 
 class GPT(nn.Module):
-    """A causal language model, or this rank's slice of one.
+    """A causal language model, or this rank's slice of one, or a stage of a pipeline.
+
+    Args:
+        part: numbers of the layers of ``gpt_layer_specs`` that are built here; unset: all.
 
     Attributes:
         config: the model section it was built from.
         parallel: the groups it is cut over.
+        has_embedding, has_head: whether this part begins, or ends, the model.
         recompute: rebuild each layer's activations in the backward pass instead of keeping them.
         streams: dropout streams; set by training when there is dropout.
     """
 
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, part: range | None = None
+    ) -> None:
         super().__init__()
         self.config, self.parallel, self.dtype = model, parallel, dtype
         self.recompute = False
         self.streams: RandomStreams | None = None
-        built = {spec.name: spec.build() for spec in gpt_layer_specs(model, parallel, dtype)}
-        self.embedding: Embedding = built["embedding"]  # type: ignore[assignment]
-        self.layers = nn.ModuleList(layer for name, layer in built.items() if name.startswith("layers."))
-        self.final_norm: Norm = built["final_norm"]  # type: ignore[assignment]
-        self.head: Head = built["head"]  # type: ignore[assignment]
+        specs = gpt_layer_specs(model, parallel, dtype)
+        mine = specs if part is None else [specs[number] for number in part]
+        built: dict[str, Any] = {spec.name: spec.build() for spec in mine}
+        self.has_embedding, self.has_head = "embedding" in built, "head" in built
+        # Layers keep their numbers, so that parameters have the same names whatever part of the model this is.
+        self.layers = nn.ModuleList()
+        for name, layer in built.items():
+            if name.startswith("layers."):
+                self.layers.add_module(name.removeprefix("layers."), layer)
+        self.embedding: Embedding = built.get("embedding")
+        if any(spec.tied for spec in mine) and not self.has_embedding:
+            self.embedding = TiedWords(model, parallel, dtype)  # type: ignore[assignment]
+        self.final_norm: Norm = built.get("final_norm")
+        self.head: Head = built.get("head")
         self._rotary = RotaryTable(head_dim(model), model.rotary_base) if model.position == "rotary" else None
 
     @property
@@ -139,7 +166,8 @@ class GPT(nn.Module):
         self.streams = streams
         # Where each rank holds other tokens, its masks between sliced layers are its own too.
         masks = streams.sliced if self.parallel.sequence.size > 1 else nullcontext
-        self.embedding.masks = masks
+        if self.embedding is not None:
+            self.embedding.masks = masks
         for layer in self.layers:
             layer.attention.streams, layer.masks = streams, masks
 
@@ -161,15 +189,33 @@ class GPT(nn.Module):
         info = build_info(
             tokens, positions=positions, segments=segments, cache=cache, table=self._rotary, dtype=self.dtype
         )
+        if cache is None:
+            return self.run(tokens, info)
         x = self.embedding(tokens, info)
-        if cache is not None:
-            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                x = layer(x, info, layer_cache)
-            cache.length += tokens.shape[1]
-        else:
-            for layer in self.layers:
-                x = self._recomputed(layer, x, info) if self.recompute and torch.is_grad_enabled() else layer(x, info)
-        return gather_tokens(self.final_norm(x), self.parallel.sequence)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, info, layer_cache)
+        cache.length += tokens.shape[1]
+        return self.final_norm(x)
+
+    def info(self, batch: dict[str, Tensor]) -> SequenceInfo:
+        """What every layer shares of a pass over ``batch``; any stage can work it out."""
+        return build_info(
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segments=batch.get("segments"),
+            table=self._rotary,
+            dtype=self.dtype,
+        )
+
+    def run(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        """The layers of this part, in order. ``x``: tokens ``[b, s]`` where it begins the model, else ``[b, s, h]``."""
+        if self.has_embedding:
+            x = self.embedding(x, info)
+        for layer in self.layers:
+            x = self._recomputed(layer, x, info) if self.recompute and torch.is_grad_enabled() else layer(x, info)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return gather_tokens(x, self.parallel.sequence) if self.has_head else x
 
     def _recomputed(self, layer: nn.Module, x: Tensor, info: SequenceInfo) -> Tensor:
         """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""
@@ -204,7 +250,10 @@ class GPT(nn.Module):
         Args:
             batch: ``tokens, labels [b, s]``; optional ``loss_mask [b, s]``, ``positions``, ``segments``.
         """
-        hidden = self.hidden(batch["tokens"], positions=batch.get("positions"), segments=batch.get("segments"))
+        return self.loss_of(self.run(batch["tokens"], self.info(batch)), batch)
+
+    def loss_of(self, hidden: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``loss`` from the activations after the final norm, ``[b, s, h]``."""
         labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
@@ -249,7 +298,7 @@ def build_gpt(
     seed: int = 1234,
     init: bool = True,
 ) -> GPT:
-    """Build this rank's slice of a GPT.
+    """Build this rank's slice of a GPT, and its stage where ``parallel.pipeline`` has several.
 
     Args:
         model: architecture, ``vocab_size`` set.
@@ -257,7 +306,10 @@ def build_gpt(
         seed: initial weights are a function of it and the parameter's name, whatever the layout.
         init: False leaves weights unfilled (they will be loaded).
     """
-    gpt = GPT(model, parallel, dtype)
+    part = None
+    if parallel.pipeline.size > 1:
+        part = balance(layer_costs(model), parallel.pipeline.size)[parallel.pipeline.rank]
+    gpt = GPT(model, parallel, dtype, part)
     if init:
         initialize(gpt, parallel, seed)
     return gpt

@@ -80,6 +80,28 @@ class Group:
             dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
         return tensor
 
+    def to_first(self, tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
+        """Hand named tensors from group rank ``source`` to rank 0; all ranks call, the others get nothing."""
+        if source == 0:
+            return tensors if self.rank == 0 else {}
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.handle) == "nccl" else "cpu"
+        if self.rank == source:
+            about = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+            dist.send_object_list([about], dst=self.ranks[0], group=self.handle)
+            for tensor in tensors.values():
+                dist.send(tensor.to(device), self.ranks[0], group=self.handle)
+            return {}
+        if self.rank != 0:
+            return {}
+        heard: list[Any] = [None]
+        dist.recv_object_list(heard, src=self.ranks[source], group=self.handle)
+        received = {}
+        for name, shape, dtype in heard[0]:
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(buffer, self.ranks[source], group=self.handle)
+            received[name] = buffer.cpu()
+        return received
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.handle)

@@ -51,6 +51,8 @@ def make_ds_config(
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Activations between stages may differ over tensor ranks (sequence parallelism): send them as they are.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "wall_clock_breakdown": False,
         "steps_per_print": None,
     }

@@ -20,6 +20,7 @@ from mlm_cli.errors import UsageError
 from mlm_cli.parallel.context import ParallelContext
 
 Batch = dict[str, Tensor]
+EngineKind = Literal["deepspeed", "pipeline", "plain"]
 # objective(model, batch) -> (mean loss of the micro-batch with gradient, sums such as {"tokens": ...}; no gradient)
 Objective = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Any]]]
 
@@ -79,14 +80,21 @@ class Engine(Protocol):
         """While it is open the model's parameters are the float32 masters; for writing ``model/``."""
 
 
-def choose_engine(
-    wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, parallel: ParallelContext
-) -> Literal["deepspeed", "plain"]:
+def choose_engine(wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, parallel: ParallelContext) -> EngineKind:
     """DeepSpeed where ZeRO has something to shard, else a plain optimizer step; an explicit wish is honoured.
+
+    Several stages always run on DeepSpeed's pipeline, with ZeRO-1.
 
     Raises:
         UsageError: the wish and ``parallel.zero`` contradict each other.
     """
+    if parallel.pipeline.size > 1:
+        if wanted == "plain" or zero > 1:
+            raise UsageError(
+                f"parallel.pipeline={parallel.pipeline.size} excludes train.engine=plain and parallel.zero=2, 3",
+                hint="set train.engine=auto and parallel.zero=1",
+            )
+        return "pipeline"
     if wanted == "deepspeed" and zero == 0:
         raise UsageError(
             "train.engine=deepspeed needs parallel.zero of 1, 2 or 3",
@@ -103,7 +111,7 @@ def choose_engine(
 
 
 def build_engine(
-    kind: Literal["deepspeed", "plain"],
+    kind: EngineKind,
     model: nn.Module,
     parallel: ParallelContext,
     settings: OptimizerSettings,
@@ -125,6 +133,20 @@ def build_engine(
         from mlm_cli.training.engine_plain import PlainEngine
 
         return PlainEngine(model, parallel, settings, dtype=dtype, accumulation=accumulation)
+    if kind == "pipeline":
+        from mlm_cli.models.gpt import GPT
+        from mlm_cli.training.engine_pipeline import PipelineEngine
+
+        assert isinstance(model, GPT)
+        return PipelineEngine(
+            model,
+            parallel,
+            settings,
+            dtype=dtype,
+            accumulation=accumulation,
+            micro_batch_size=micro_batch_size,
+            config_file=config_file,
+        )
     from mlm_cli.training.engine_deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(

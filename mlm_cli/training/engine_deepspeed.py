@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,7 @@ class DeepSpeedEngine:
         # The order in which DeepSpeed lays the parameters of each group out.
         self._groups: list[list[Tensor]] = [list(group["params"]) for group in self._optimizer.param_groups]
         with _quiet_deepspeed():
-            runner = _Runner(model)
-            if zero == 3:
-                zero3.announce_uses(runner, model)
-                self.model = zero3.Gathering(runner, model)
-            self._deepspeed = _initialize(runner, self._optimizer, config, parallel)
+            self._deepspeed = self._make_deepspeed(config)
             self._zero = self._deepspeed.optimizer
             if zero == 3:
                 zero3.make_state(self._zero, self._optimizer)
@@ -97,6 +93,17 @@ class DeepSpeedEngine:
                 self._optimizer.make_state()
                 self._zero._lazy_init_hp_params_optimizer_state()
         self._start_from(masters)
+
+    def _make_deepspeed(self, config: dict[str, Any]) -> Any:
+        runner = _Runner(self.model)
+        if self._stage == 3:
+            zero3.announce_uses(runner, self.model)
+            self.model = zero3.Gathering(runner, self.model)  # type: ignore[assignment]
+        parallel = self.parallel
+        if parallel.data.handle is None:
+            _join_alone(parallel)
+            parallel = ParallelContext.create(device=parallel.device)
+        return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=parallel.mpu)
 
     @property
     def updates(self) -> int:
@@ -196,17 +203,20 @@ class DeepSpeedEngine:
         self.refresh()
 
 
-def _initialize(module: nn.Module, optimizer: AdamW, config: dict[str, Any], parallel: ParallelContext) -> Any:
+def _join_alone(parallel: ParallelContext) -> None:
+    """One rank alone: DeepSpeed wants a group all the same."""
+    if not dist.is_initialized():
+        backend = "nccl" if parallel.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def initialize_deepspeed(
+    make_module: Callable[[], nn.Module], optimizer: AdamW, config: dict[str, Any], parallel: ParallelContext, mpu: Any
+) -> Any:
     """``deepspeed.initialize`` without its launcher, its op builders and its scheduler."""
     if parallel.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if not dist.is_initialized():
-        # One rank alone: DeepSpeed wants a group all the same.
-        backend = "nccl" if parallel.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", str(parallel.device.index or 0))
-    if parallel.data.handle is None:
-        parallel = ParallelContext.create(device=parallel.device)
     import deepspeed
 
     # It calls functions of torch.distributed that newer torch has renamed; not for users to read every run.
@@ -215,7 +225,7 @@ def _initialize(module: nn.Module, optimizer: AdamW, config: dict[str, Any], par
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, mpu=parallel.mpu, dist_init_required=False
+        model=make_module(), optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
     return engine
 

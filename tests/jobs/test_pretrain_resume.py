@@ -53,6 +53,13 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "tensor fp32": {"parallel": {"tensor": 2}},
             "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
             "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
+            "pipeline fp32": {"parallel": {"pipeline": 2}},
+            "pipeline bf16 recomputed growing": {
+                "parallel": {"pipeline": 2},
+                "train__precision": "bf16",
+                "train__recompute": "full",
+                "train__rampup": RAMPUP,
+            },
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
@@ -91,7 +98,8 @@ def test_goes_on_in_another_layout(tmp_path: Path, run_ranks: Callable[..., list
     moving = tmp_path / "moving"
     assert pretrain.run(make_recipe(data, moving, train__steps=4, **still)) == 0
     stages = [
-        {"parallel": {"tensor": 2}, "train__steps": 8, **still},
+        {"parallel": {"tensor": 2}, "train__steps": 7, **still},
+        {"parallel": {"pipeline": 2}, "train__steps": 8, **still},
         {"parallel": {"zero": 3}, "train__steps": 9, **still},
         {"parallel": {"zero": 2}, "train__steps": 10, **still},
         {"train__steps": 11, **still},  # data 2, ZeRO-1 on DeepSpeed

@@ -1,0 +1,207 @@
+"""The engine for several stages: DeepSpeed's pipeline (one forward, one backward: Narayanan et al. 2019) with ZeRO-1.
+
+A stage is a part of the one list of layers (``models.gpt``). Only activations travel: each stage reads the same
+micro-batches, and works out positions and masks itself. DeepSpeed's grid has the axes pipe, data, model with the last
+one fastest, as ``ParallelContext`` numbers the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mlm_cli.checkpoint.state import Fragment
+from mlm_cli.models.gpt import GPT
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.shard import shard_of
+from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
+from mlm_cli.training.engine_deepspeed import DeepSpeedEngine, initialize_deepspeed
+
+_TIED = "embedding.word.weight"
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """See ``training.engine.Engine``; ``model`` is this rank's stage."""
+
+    name = "pipeline"
+
+    def __init__(
+        self,
+        model: GPT,
+        parallel: ParallelContext,
+        settings: OptimizerSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+        accumulation: int = 1,
+        micro_batch_size: int = 1,
+        config_file: Path | None = None,
+    ) -> None:
+        self._stage_model = model
+        super().__init__(
+            model,
+            parallel,
+            settings,
+            dtype=dtype,
+            accumulation=accumulation,
+            micro_batch_size=micro_batch_size,
+            config_file=config_file,
+        )
+        self.model = _Stages(model, self._pipe)  # type: ignore[assignment]
+
+    def _make_deepspeed(self, config: dict[str, Any]) -> Any:
+        """Called while the optimizer is built: wraps the stage as DeepSpeed wants it."""
+        from deepspeed.runtime.pipe.schedule import OptimizerStep
+
+        for _, parameter in self._named:
+            # Norms count what is "model parallel" on every rank of a stage, and nothing else beyond the first stage.
+            counts = shard_of(parameter) is not None or self.parallel.tensor.rank == 0
+            parameter.tensor_model_parallel = parameter.model_parallel = counts  # type: ignore[attr-defined]
+        engine = initialize_deepspeed(self._make_pipe, self._optimizer, config, self.parallel, mpu=None)
+        # The update is taken by `step`, after all ranks have agreed that the losses are finite.
+        engine._INSTRUCTION_MAP = MappingProxyType({**engine._INSTRUCTION_MAP, OptimizerStep: _later})
+        return engine
+
+    def _make_pipe(self) -> Any:
+        self._pipe = make_pipe_module(self._stage_model, self.parallel)
+        return self._pipe
+
+    def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
+        if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+        self._pipe.begin(objective, batches)
+        self._deepspeed.train_batch(iter([(batch["tokens"], batch["labels"]) for batch in batches]))
+        found = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.parallel.device)
+        for row, outcome in zip(found, self._pipe.outcomes, strict=False):  # there are any on the last stage alone
+            row[0], row[1] = outcome.loss.double(), float(outcome.sums.get("tokens", 0))
+        self.parallel.pipeline.broadcast_(found, source=self.parallel.pipeline.size - 1)
+        return [Outcome(row[0].float(), {"tokens": row[1]}) for row in found]
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.updates = self.updates + 1
+        self._deepspeed._exec_optimizer_step()
+        if not self._deepspeed.was_step_applied():
+            return math.inf
+        self.updates += 1
+        return float(self._zero._global_grad_norm)
+
+    def fragments(self) -> list[Fragment]:
+        copied = self._stage_model.has_head and not self._stage_model.has_embedding
+        found = super().fragments()
+        return [Fragment(f.name, f.shape, f.shard, f.start, f.tensors, copy=copied and f.name == _TIED) for f in found]
+
+
+def _later(engine: Any, **kwargs: Any) -> None:
+    """In place of an instruction of the schedule that is carried out elsewhere."""
+
+
+class _Stages:
+    """The whole model for evaluation: a batch goes through all stages, one after the other."""
+
+    def __init__(self, stage: GPT, pipe: Any) -> None:
+        self._stage, self._pipe = stage, pipe
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As ``GPT.loss``, equal on all stages; no gradient."""
+        stage, pipeline = self._stage, self._stage.parallel.pipeline
+        x = batch["tokens"]
+        if pipeline.rank > 0:
+            tokens = x.shape[1] // stage.parallel.sequence.size
+            x = torch.empty(x.shape[0], tokens, stage.config.hidden_size, dtype=stage.dtype, device=x.device)
+            dist.recv(x, pipeline.ranks[pipeline.rank - 1], group=pipeline.handle)
+        x = stage.run(x, stage.info(batch))
+        found = torch.zeros(2, dtype=torch.float64, device=x.device)
+        if stage.has_head:
+            loss, count = stage.loss_of(x, batch)
+            found = torch.stack([loss.double(), count.double()])
+        else:
+            dist.send(x.contiguous(), pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
+        pipeline.broadcast_(found, source=pipeline.size - 1)
+        return found[0].float(), found[1].float()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+
+def make_pipe_module(stage: GPT, parallel: ParallelContext) -> Any:
+    """DeepSpeed's ``PipelineModule`` around a stage that is built already."""
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    class StageModule(PipelineModule):
+        """Layers are shared out, built and run by us; DeepSpeed's part is schedule, communication and tied weights."""
+
+        def _partition_layers(self, method: str = "uniform") -> None:
+            self.parts = list(range(parallel.pipeline.size + 1))
+            self._set_bounds(start=parallel.pipeline.rank, stop=parallel.pipeline.rank + 1)
+
+        def _build(self) -> None:
+            self.stage = stage
+            for parameter in stage.parameters():
+                parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]
+
+        def _index_tied_modules(self) -> dict[str, Any]:
+            group, ranks = _tied_group(parallel)
+            if not stage.config.tie_embeddings or group is None:
+                return {}
+            self.tied_modules["words"] = stage.embedding.word
+            if not stage.has_embedding:  # counts once in norms
+                stage.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
+            return {
+                "words": {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": stage.embedding.word}
+            }
+
+        def _synchronize_tied_weights(self) -> None:
+            with torch.no_grad():
+                super()._synchronize_tied_weights()
+
+        def begin(self, objective: Objective, batches: Sequence[Batch]) -> None:
+            """The micro-batches of one update; forwards then come in their order."""
+            self.objective, self.coming, self.outcomes = objective, iter(batches), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch = next(self.coming)
+            x = stage.run(x, stage.info(batch))
+            if not stage.has_head:
+                return x
+            loss, sums = self.objective(_Last(stage, x), batch)
+            self.outcomes.append(Outcome(loss.detach().float(), sums))
+            return loss
+
+    topology = PipeModelDataParallelTopology(
+        num_pp=parallel.pipeline.size, num_mp=parallel.tensor.size, num_dp=parallel.data.size
+    )
+    layers = [nn.Identity() for _ in range(parallel.pipeline.size)]
+    return StageModule(layers, topology=topology, seed_layers=False)
+
+
+class _Last:
+    """What the objective sees on the last stage: a model whose activations are there already."""
+
+    def __init__(self, stage: GPT, hidden: Tensor) -> None:
+        self._stage, self._hidden = stage, hidden
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._stage.loss_of(self._hidden, batch)
+
+
+def _tied_group(parallel: ParallelContext) -> tuple[Any, list[int]]:
+    """The group of the first and last stage of each pipeline; (None, []) on ranks between. All ranks call."""
+    lines: list[Any] = [None] * parallel.world.size
+    dist.all_gather_object(lines, parallel.pipeline.ranks)
+    mine: tuple[Any, list[int]] = (None, [])
+    for line in sorted(set(lines)):
+        ends = [line[0], line[-1]]
+        handle = dist.new_group(ends)
+        if parallel.world.rank in ends:
+            mine = (handle, ends)
+    return mine
