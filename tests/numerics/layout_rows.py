@@ -141,9 +141,8 @@ def main() -> None:
     import tempfile
 
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import run_ranks
+    from ranks import run_ranks as launch
 
-    launch = run_ranks.__wrapped__()  # type: ignore[attr-defined] # the function behind the fixture
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = write_data(folder / "data")
