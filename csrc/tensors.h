@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -73,6 +77,18 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
 
 inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// A big result on the CPU is fresh memory from the kernel in most programs, and touching it page by page takes longer than
+// writing it: huge pages are asked for where the system leaves that to us.
+inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096, huge = uintptr_t{2} << 20;
+  if (bytes < int64_t{32} << 20) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / huge * huge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
   int64_t strides[64];
   int64_t step = 1;
@@ -86,7 +102,10 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype, c
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  if (device_type == aoti_torch_device_type_cpu())
+    ask_for_huge_pages(result.mutable_data_ptr(), step * static_cast<int64_t>(result.element_size()));
+  return result;
 }
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);

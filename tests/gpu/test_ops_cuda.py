@@ -1,4 +1,4 @@
-"""The CUDA operators on a real GPU against float64, over the grid of the CPU tests. Skipped where there is none."""
+"""The CUDA operators on a real GPU against float64, over a grid as on the CPU. Skipped where there is none."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def test_softmaxes(emulated: ctypes.CDLL, kind: str, keys: int, dtype: torch.dty
     layout = (causal, queries, offset, window or NO_WINDOW)
     _call(
         emulated.softmax_forward, ctypes.c_int(DTYPES[dtype]), _aligned(scores), scores, out, probs if p else None,
-        mask, ctypes.c_int(kinds.get(kind, 0)), sizes, strides, ctypes.c_int(2), view.stride(2) if mask is not None else 0,
-        rows, keys, ctypes.c_float(0.7), *layout, seed, p,
+        mask, ctypes.c_int(kinds.get(kind, 0)), sizes, strides, ctypes.c_int(2),
+        view.stride(2) if mask is not None else 0, rows, keys, ctypes.c_float(0.7), *layout, seed, p,
     )  # fmt: skip
     mlm = torch.ops.mlm
     if causal:
