@@ -135,14 +135,14 @@ class GPT(nn.Module):
         mine = specs if part is None else [specs[number] for number in part]
         built: dict[str, Any] = {spec.name: spec.build() for spec in mine}
         self.has_embedding, self.has_head = "embedding" in built, "head" in built
+        self.embedding: Embedding = built.get("embedding")
+        if any(spec.tied for spec in mine) and not self.has_embedding:
+            self.embedding = TiedWords(model, parallel, dtype)  # type: ignore[assignment]
         # Layers keep their numbers, so that parameters have the same names whatever part of the model this is.
         self.layers = nn.ModuleList()
         for name, layer in built.items():
             if name.startswith("layers."):
                 self.layers.add_module(name.removeprefix("layers."), layer)
-        self.embedding: Embedding = built.get("embedding")
-        if any(spec.tied for spec in mine) and not self.has_embedding:
-            self.embedding = TiedWords(model, parallel, dtype)  # type: ignore[assignment]
         self.final_norm: Norm = built.get("final_norm")
         self.head: Head = built.get("head")
         self._rotary = RotaryTable(head_dim(model), model.rotary_base) if model.position == "rotary" else None
