@@ -62,7 +62,7 @@ def refusal(folder: Path) -> str:
         ({"n_layer": "two"}, ["`n_layer`", "'two'"]),
         ({"n_layer": True}, ["`n_layer`", "True"]),
         ({"n_embd": 0}, ["hidden_size"]),
-        ({"n_embd": 32}, ["tensor transformer.", "16]", "config.json asks for", "32]"]),
+        ({"n_embd": 32}, ["transformer.wte.weight", "[50, 16]", "[50, 32]"]),
         ({"n_layer": 2}, ["transformer.h.1.ln_1.weight", "missing"]),
         ({"n_inner": 48}, ["transformer.h.0.mlp.c_fc.weight", "[16, 64]", "[16, 48]"]),
         ({"vocab_size": 60}, ["transformer.wte.weight", "[50, 16]", "[60, 16]"]),
