@@ -1,7 +1,7 @@
 """The fused operators against torch's own, the eager chain and torch.compile of it, forward and backward.
 
     python benchmarks/ops.py                      # CPU: about 6 minutes on two quiet cores
-    python benchmarks/ops.py --only norm --no-compile
+    python benchmarks/ops.py --only norm --no-compile     # part of the table; saves nothing
     python benchmarks/ops.py --device cuda        # part of `make gpu-check`
 
 All contenders work in turns in one process; a ratio is the median over rounds of rival time / our time in that round.

@@ -1,11 +1,15 @@
-"""Float64 oracles and tolerances of the operator tests."""
+"""Float64 oracles, tolerances and the one fixture of the operator tests."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
+
+from mlm_cli.ops import registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
@@ -15,6 +19,18 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 ACCUMULATED = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 # Smallest step near zero: below it a result may be lost.
 TINY = {torch.float32: 1e-37, torch.bfloat16: 1e-37, torch.float16: 2.0**-25, torch.float64: 1e-300}
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    """The tests that import this run on the compiled kernels, from a fixed seed. No build is a failure wherever a
+    compiler could have made one."""
+    torch.manual_seed(20240607)
+    if registry.cpu_loaded:
+        return
+    if shutil.which("g++") or shutil.which("clang++") or shutil.which("c++"):
+        pytest.fail(f"compiled kernels are not in use although there is a compiler: {registry.cpu_reason}")
+    pytest.skip(f"no C++ compiler on this machine: {registry.cpu_reason}")
 
 
 def assert_close(got: Tensor, want: Tensor, *, slack: float = 40.0, size: float | Tensor | None = None) -> None:

@@ -6,9 +6,7 @@ import torch.nn.functional as F
 
 from mlm_cli import ops
 from mlm_cli.ops import reference
-from tests.ops.oracle import DTYPES, NAMES, assert_close, random, with_gradients
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import DTYPES, NAMES, assert_close, kernels, random, with_gradients  # noqa: F401
 
 SHAPES = [(1, 1), (3, 5), (70, 64), (2, 9, 130), (40, 1537), (4, 16384), (0, 8), (4096,)]
 

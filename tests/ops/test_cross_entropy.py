@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mlm_cli import ops
-from tests.ops.oracle import NAMES, assert_close, random
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import NAMES, assert_close, kernels, random  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli import ops
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import kernels  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

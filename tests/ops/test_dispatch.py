@@ -27,6 +27,7 @@ compiler = sys.modules["mlm_cli.ops.compiler"] = importlib.util.module_from_spec
 spec.loader.exec_module(compiler)
 compiler.LIBRARY_FOLDER = pathlib.Path({folder!r})
 from mlm_cli import ops
+from tests.ops.oracle import kernels  # noqa: F401
 import torch
 for _ in range(3):
     print(ops.rms_norm(torch.ones(2, 4), torch.ones(4)).sum())
@@ -45,7 +46,6 @@ def test_status_names_every_operator_with_a_reason() -> None:
     assert all(row["backend"] in ("cuda", "cpu", "reference") and row["reason"] for row in rows)
 
 
-@pytest.mark.usefixtures("kernels")
 def test_the_processor_chooses_and_a_lower_set_can_be_asked_for() -> None:
     assert registry.cpu_capability() in ops.status()[0]["reason"]
     done = _python(STATUS, MLM_CPU_ISA="plain")

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from mlm_cli import ops
 from mlm_cli.ops import reference
-from tests.ops.oracle import DTYPES, NAMES, assert_close, random, with_gradients
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import DTYPES, NAMES, assert_close, kernels, random, with_gradients  # noqa: F401
 
 SHAPES = [(5, 1), (3, 2), (4, 7), (9, 16), (33, 31), (70, 384), (130, 777), (6, 2048), (5, 4096), (3, 8193), (2, 65536)]
 SHAPES += [(0, 16), (2, 3, 4, 48), (129,)]

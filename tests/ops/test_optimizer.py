@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from mlm_cli import ops
-from tests.ops.oracle import NAMES
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import NAMES, kernels  # noqa: F401
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from mlm_cli import ops
 from mlm_cli.ops import reference
-from tests.ops.oracle import DTYPES, NAMES, assert_close, random, with_gradients
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import DTYPES, NAMES, assert_close, kernels, random, with_gradients  # noqa: F401
 
 SHAPES = [(3, 1), (1, 2), (5, 7), (2, 3, 16, 16), (4, 33), (2, 2, 65, 127), (130, 257), (3, 4099), (1, 131072), (0, 9)]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli import ops
-
-pytestmark = pytest.mark.usefixtures("kernels")
+from tests.ops.oracle import kernels  # noqa: F401
 
 
 def _cases() -> dict[str, tuple[Any, ...]]:
