@@ -20,26 +20,43 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Architecture. GPT-2 and Llama are settings of one transformer layer."""
+    """Architecture. GPT-2, Llama, BERT and T5 are settings of one transformer layer."""
 
-    family: Literal["gpt"] = "gpt"
-    num_layers: int = Field(default=12, ge=1)
+    family: Literal["gpt", "bert", "t5"] = Field(
+        default="gpt", description="gpt: causal language model; bert: masked language model; t5: encoder and decoder"
+    )
+    num_layers: int = Field(default=12, ge=1, description="t5: of the encoder")
+    num_decoder_layers: int | None = Field(default=None, ge=1, description="t5; unset: num_layers")
     hidden_size: int = Field(default=768, ge=1)
     num_attention_heads: int = Field(default=12, ge=1)
     num_query_groups: int | None = Field(default=None, ge=1, description="key/value heads; unset: num_attention_heads")
     head_dim: int | None = Field(default=None, ge=1, description="unset: hidden_size / num_attention_heads")
     ffn_hidden_size: int | None = Field(
-        default=None, ge=1, description="unset: 4h, or 8h/3 rounded up to 64 for swiglu"
+        default=None, ge=1, description="unset: 4h, or 8h/3 rounded up to 64 for swiglu and geglu"
     )
     seq_length: int = Field(default=1024, ge=1, description="tokens a sample, and the longest context")
+    decoder_seq_length: int | None = Field(
+        default=None, ge=1, description="t5: tokens of a target; unset: what the masked spans of a sample come to"
+    )
     vocab_size: int | None = Field(default=None, ge=1, description="unset: the tokenizer's")
     make_vocab_size_divisible_by: int = Field(default=128, ge=1, description="padding of the embedding rows")
-    position: Literal["learned", "rotary"] = "learned"
+    position: Literal["learned", "rotary", "relative"] = Field(
+        default="learned", description="relative: a bias a head and distance (t5)"
+    )
     rotary_base: float = Field(default=10000.0, gt=0)
+    relative_buckets: int = Field(default=32, ge=4, description="distances that relative positions tell apart")
+    relative_max_distance: int = Field(default=128, ge=2, description="all longer distances share a bucket")
+    num_token_types: int = Field(default=0, ge=0, description="bert: 2 tells sentence A from B; 0: no such embedding")
+    binary_head: Literal["none", "sentence_order", "next_sentence"] = Field(
+        default="none", description="bert: what is learned beside the masked words, from a pooled first token"
+    )
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_order: Literal["pre", "post"] = Field(
+        default="pre", description="post: after each residual sum, as the original BERT; pre: before each branch"
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
-    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
-        default="gelu", description="gelu: the tanh form of GPT-2"
+    activation: Literal["gelu", "gelu_erf", "relu", "swiglu", "geglu"] = Field(
+        default="gelu", description="gelu: the tanh form of GPT-2; swiglu and geglu are gated"
     )
     bias: bool = Field(default=True, description="biases in linear layers")
     tie_embeddings: bool = True
