@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_cli import ops
+from mlm_cli.config.shapes import is_sparse
 from mlm_cli.generation.slots import Slots
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import MLP, Block, Norm
@@ -55,6 +56,8 @@ class StepPlan:
     def of(model: GPT, max_length: int) -> StepPlan | None:
         """The plan of a model, or None where its layers must run one by one."""
         device = model.parallel.device
+        if is_sparse(model.config) or (model.config.rotary_scaling and model.config.rotary_scaling.type == "dynamic"):
+            return None  # it attends to every key, by rotations that are the same whatever the length
         if model.parallel.tensor.size > 1 or not ops.serves_decode_step(model.dtype, device):
             return None
         if any(type(module) not in _KNOWN or _is_hooked(module) for module in model.modules()):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, num_query_groups
+from mlm_cli.errors import UsageError
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
+from mlm_cli.models.sparse import attend_sparse, masked, pattern_of
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -36,7 +38,8 @@ class SelfAttention(nn.Module):
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
-        self.kind, self.dropout = model.attention, model.attention_dropout
+        self.kind, self.dropout = model.attention.kernel, model.attention_dropout
+        self.pattern = pattern_of(model)
         self.streams: RandomStreams | None = None
         blocks = (query, key, key)
         self.qkv = ColumnParallelLinear(
@@ -51,7 +54,7 @@ class SelfAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
         b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self.kind == "auto" and not dropout and suits(heads):
+        if cache is None and self.pattern is None and self.kind == "auto" and not dropout and suits(heads):
             out = attend_blocked(heads, info.rotary, info.visible, self.num_heads)
             return self.out(out.reshape(b, s, self.num_heads * self.dim))
         if info.rotary is None:
@@ -62,8 +65,28 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info, dropout)
+        if self.pattern is None:
+            out = self._attend(query, key, value, info, dropout)
+        else:
+            out = self._attend_sparse(query, key, value, info, dropout, self.pattern, cached=cache is not None)
         return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
+
+    def _attend_sparse(
+        self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float,
+        pattern: ops.SparsePattern, *, cached: bool,
+    ) -> Tensor:  # fmt: skip
+        """``_attend`` to the keys of the pattern: by the sparse path, or by the kernel asked for under a mask."""
+        if self.kind == "auto":
+            if dropout:
+                raise UsageError(
+                    f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
+                    hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs what dense costs",
+                )
+            out = attend_sparse(query, key, value, info, pattern, cached=cached)
+            if out is not None:
+                return out
+        key, value, info = masked(query, key, value, info, pattern, cached=cached)
+        return self._attend(query, key, value, info, dropout)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.config.shapes import attended_keys, ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
 
 __all__ = ["FLOPS_FORMULA", "count_parameters", "flops_per_token", "hub_layout", "parameter_parts"]
 
@@ -48,11 +48,12 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", eq. 3,
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
-    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half.
+    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half;
+    where it is sparse, by the keys of its pattern.
     """
     h, f, s = model.hidden_size, ffn_hidden_size(model), seq_length or model.seq_length
     query = model.num_attention_heads * head_dim(model)
     weights = h * (query + 2 * num_query_groups(model) * head_dim(model)) + query * h
     weights += h * f * (3 if model.activation == "swiglu" else 2)
-    attention = 2 * s * query  # scores and their product with the values
+    attention = 2 * attended_keys(model, s) * query  # scores and their product with the values
     return 6.0 * (model.num_layers * (weights + attention) + padded_vocab_size(model) * h)

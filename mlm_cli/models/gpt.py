@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import head_dim, padded_vocab_size
+from mlm_cli.config.shapes import is_sparse, padded_vocab_size
 from mlm_cli.models.block import Block, Masks, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.info import SequenceInfo, build_info
@@ -145,7 +145,7 @@ class GPT(nn.Module):
                 self.layers.add_module(name.removeprefix("layers."), layer)
         self.final_norm: Norm = built.get("final_norm")
         self.head: Head = built.get("head")
-        self._rotary = RotaryTable(head_dim(model), model.rotary_base) if model.position == "rotary" else None
+        self._rotary = RotaryTable.of(model)
 
     @property
     def vocab_size(self) -> int:
@@ -187,7 +187,13 @@ class GPT(nn.Module):
             cache: earlier tokens; these are added to it.
         """
         info = build_info(
-            tokens, positions=positions, segments=segments, cache=cache, table=self._rotary, dtype=self.dtype
+            tokens,
+            positions=positions,
+            segments=segments,
+            cache=cache,
+            table=self._rotary,
+            dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
         if cache is None:
             return self.run(tokens, info)
@@ -205,6 +211,7 @@ class GPT(nn.Module):
             segments=batch.get("segments"),
             table=self._rotary,
             dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
 
     def run(self, x: Tensor, info: SequenceInfo) -> Tensor:

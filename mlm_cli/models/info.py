@@ -22,12 +22,16 @@ class SequenceInfo:
         rotary: cosines and sines of these positions, ``[..., s, 1, d]`` each; None for learned positions.
         visible: boolean ``[b or 1, 1, s, keys]``, True where a token may look; None means causal from the first key on.
         offset: keys in the cache before the first of these tokens.
+        segments: ``[b, s]`` document numbers that ``visible`` does not hold: sparse attention masks them itself.
+        start: ``[b]`` padding at the left of each row of the cache.
     """
 
     positions: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
     visible: Tensor | None = None
     offset: int = 0
+    segments: Tensor | None = None
+    start: Tensor | None = None
 
 
 def build_info(
@@ -38,6 +42,7 @@ def build_info(
     cache: KVCache | None = None,
     table: RotaryTable | None = None,
     dtype: torch.dtype = torch.float32,
+    sparse: bool = False,
 ) -> SequenceInfo:
     """Shared facts of a pass over ``tokens [b, s]``.
 
@@ -47,6 +52,7 @@ def build_info(
         cache: keys and values of earlier tokens.
         table: rotary tables where the model is rotary.
         dtype: of the activations.
+        sparse: leave ``segments`` to attention, whose memory is then linear; no mask of all pairs is made.
     """
     length, device = tokens.shape[1], tokens.device
     offset = cache.length if cache is not None else 0
@@ -55,12 +61,13 @@ def build_info(
         positions = torch.arange(offset, offset + length, device=device)
         if cache is not None and cache.start is not None:
             positions = (positions - cache.start[:, None]).clamp_(min=0)
-    if segments is not None:
+    if segments is not None and not sparse:
         visible = document_mask(segments)
     elif cache is not None and (cache.start is not None or (offset and length > 1)):
         visible = cache_mask(length, offset, cache.start, device)
     rotary = table.at(positions, dtype) if table is not None else None
-    return SequenceInfo(positions, rotary, visible, offset)
+    start = cache.start if cache is not None else None
+    return SequenceInfo(positions, rotary, visible, offset, segments=segments if sparse else None, start=start)
 
 
 def document_mask(segments: Tensor) -> Tensor:
