@@ -60,7 +60,9 @@ def load_model_folder(
         dtype: of the weights in memory.
         device: unset: that of ``parallel``.
         head_optional: a folder without an output layer (a classifier's) is fine; the layer is then tied.
-        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's.
+        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
+            ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
+            (Beltagy et al. 2020, section 5).
 
     Raises:
         CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
@@ -70,6 +72,7 @@ def load_model_folder(
     if device is not None and torch.device(device) != parallel.device:
         raise AssertionError("the device is the context's")
     section, config = read_model_config(folder)
+    num_positions = section.seq_length
     section = section.model_copy(update=dict(changes or {}))
     with WeightFiles(folder) as files:
         headless = _is_headless(config) or head_optional
@@ -78,7 +81,7 @@ def load_model_folder(
         check_slices(section, parallel.tensor.size)
         model = build_gpt(section, parallel, dtype=dtype, init=False)
         layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
-        _fill(model, files, layout, extra=_head_tensors(config, files))
+        _fill(model, files, layout, extra=_head_tensors(config, files), num_positions=num_positions)
     return model, section
 
 
@@ -93,10 +96,15 @@ def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if name.startswith(known)} if _is_headless(config) else set()
 
 
-def _fill(model: GPT, files: WeightFiles, layout: KeyMap, extra: set[str]) -> None:
+def _fill(model: GPT, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int) -> None:
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():
+        if name == "embedding.position.weight" and param.shape[0] != num_positions:
+            stored = param.new_empty(num_positions, param.shape[1])
+            _read_parameter(stored, layout.entries[name], files, layout, model.parallel, used)
+            param.data.copy_(stored[torch.arange(param.shape[0], device=stored.device) % num_positions])
+            continue
         _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
     for name, shape in layout.zeros.items():
         found = _find(name, files, layout)

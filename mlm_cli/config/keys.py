@@ -16,6 +16,9 @@ from mlm_cli.config.schema import Recipe
 PATH_KEYS = ("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data")
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
 
+# Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.
+OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling")
+
 # What the same thing is called elsewhere: Megatron-LM, transformers, DeepSpeed, litgpt.
 _FOREIGN = {
     "tensor_model_parallel_size": "parallel.tensor",

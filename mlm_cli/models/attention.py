@@ -132,7 +132,11 @@ def attend_reference(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     key, value = _repeat_groups(query, key, value)
     scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
     visible = info.visible
-    if visible is None:
+    if visible is None and info.causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
-    probs = torch.softmax(scores.masked_fill(~visible, -math.inf), -1)
+    if visible is not None:  # a row that sees nothing is zero, as in the kernels
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    probs = torch.softmax(scores, -1)
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return (F.dropout(probs, dropout) @ value.float()).to(query.dtype)

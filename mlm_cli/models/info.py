@@ -22,6 +22,7 @@ class SequenceInfo:
         rotary: cosines and sines of these positions, ``[..., s, 1, d]`` each; None for learned positions.
         visible: boolean ``[b or 1, 1, s, keys]``, True where a token may look; None means causal from the first key on.
         offset: keys in the cache before the first of these tokens.
+        causal: no token sees a later one (``visible`` has that in it already).
         segments: ``[b, s]`` document numbers that ``visible`` does not hold: sparse attention masks them itself.
         start: ``[b]`` padding at the left of each row of the cache.
     """
@@ -30,6 +31,7 @@ class SequenceInfo:
     rotary: tuple[Tensor, Tensor] | None = None
     visible: Tensor | None = None
     offset: int = 0
+    causal: bool = True
     segments: Tensor | None = None
     start: Tensor | None = None
 
