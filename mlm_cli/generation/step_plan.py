@@ -15,7 +15,8 @@ from mlm_cli import ops
 from mlm_cli.generation.slots import Slots
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import MLP, Block, Norm
-from mlm_cli.models.gpt import GPT, Embedding, Head, Position
+from mlm_cli.models.embedding import Embedding, Position
+from mlm_cli.models.gpt import GPT, Head
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 # With more rows than this a step computes more than it reads, and the general matrix product is the better one.
@@ -54,7 +55,9 @@ class StepPlan:
     @staticmethod
     def of(model: GPT, max_length: int) -> StepPlan | None:
         """The plan of a model, or None where its layers must run one by one."""
-        device = model.parallel.device
+        device, config = model.parallel.device, model.config
+        if config.activation not in ("gelu", "gelu_erf", "swiglu") or config.norm_order != "pre":
+            return None
         if model.parallel.tensor.size > 1 or not ops.serves_decode_step(model.dtype, device):
             return None
         if any(type(module) not in _KNOWN or _is_hooked(module) for module in model.modules()):

@@ -36,7 +36,8 @@ from mlm_cli.jobs.training_parts import (
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.model import Model
+from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.training.allocator import keep_freed_memory
@@ -160,10 +161,10 @@ def _finish(session: Session, position: Position, received: Cause | None) -> int
     return 0
 
 
-def objective(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Next-token cross entropy."""
-    loss, tokens = model.loss(batch)
-    return loss, {"tokens": tokens}
+def objective(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """The family's own loss."""
+    loss, _ = model.loss(batch)
+    return loss, {"tokens": model.count_tokens(batch)}
 
 
 def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
@@ -181,7 +182,7 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
 
 def _build_engine(
     session: Session, batch: Batch, parallel: ParallelContext, dtype: torch.dtype
-) -> tuple[GPT, Engine, RandomStreams]:
+) -> tuple[Model, Engine, RandomStreams]:
     recipe = session.recipe
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
@@ -232,7 +233,7 @@ def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
 
 def _build_model(
     recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype, *, fresh: bool
-) -> tuple[GPT, RandomStreams]:
+) -> tuple[Model, RandomStreams]:
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
@@ -242,7 +243,7 @@ def _build_model(
         )
         _check_same_shape(section, recipe, init_from)
     else:
-        model = build_gpt(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
+        model = build_model(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
     return model.train(), prepare_for_training(model, recipe, parallel, dtype)
 
 
@@ -260,7 +261,7 @@ def _check_same_shape(section: Any, recipe: Recipe, init_from: str) -> None:
         )
 
 
-def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
+def _model_writer(model: Model, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
     name = Path(recipe.output or "model").name
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
