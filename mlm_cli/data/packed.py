@@ -20,6 +20,8 @@ from mlm_cli.data.indexed import IndexedDataset
 from mlm_cli.data.order import epoch_shift, sample_position
 from mlm_cli.errors import DataError
 
+Arrays = dict[str, np.ndarray]
+
 
 class TokenStore(Protocol):
     """What is needed of an indexed data set (``data.indexed.IndexedDataset``)."""
@@ -50,6 +52,8 @@ class Samples(Protocol):
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
 
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays: ...
+
 
 def first_token_of_document(dataset: TokenStore, document: int) -> int:
     """Place of a document's first token in the ``.bin``, in tokens; ``num_documents`` gives the end of the data."""
@@ -59,6 +63,15 @@ def first_token_of_document(dataset: TokenStore, document: int) -> int:
     if sequence >= len(dataset.offsets):  # trailing documents without any sequence
         return dataset.num_tokens
     return int(dataset.offsets[sequence]) // dataset.dtype.itemsize
+
+
+def restarted_positions(segments: np.ndarray) -> np.ndarray:
+    """Positions int64 [b, s] that begin at 0 wherever the document number of ``segments`` [b, s] changes."""
+    places = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
+    begins = np.zeros(segments.shape, dtype=np.int64)
+    changed = segments[:, 1:] != segments[:, :-1]
+    begins[:, 1:] = np.where(changed, places[:, 1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)
 
 
 class GPTSamples:
@@ -127,6 +140,25 @@ class GPTSamples:
                 hint="the data was made with another tokenizer: run `mlm preprocess` with this one",
             )
         return {"tokens": tokens, "segments": self._segments(first) if self.mask_documents else None}
+
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays:
+        """Stack samples of s+1 tokens into the arrays of one micro-batch; ``numbers``: what each was got by.
+
+        Returns:
+            ``tokens`` and ``labels`` int64 [b, s] (labels are the next tokens), ``sample_ids`` int64 [b]; where
+            samples have ``segments``: these, int32 [b, s], and ``positions`` int64 [b, s], anew in each document.
+        """
+        tokens = np.stack([np.asarray(sample["tokens"]) for sample in samples])
+        batch = {
+            "tokens": np.ascontiguousarray(tokens[:, :-1]),
+            "labels": np.ascontiguousarray(tokens[:, 1:]),
+            "sample_ids": np.array(numbers, dtype=np.int64),
+        }
+        if samples[0].get("segments") is not None:
+            segments = np.stack([np.asarray(sample["segments"]) for sample in samples])
+            batch["segments"] = segments
+            batch["positions"] = restarted_positions(segments)
+        return batch
 
     def _read(self, first: int, stop: int) -> np.ndarray:
         """Tokens [first, stop) of the split, int64; past its end it goes on at its beginning (later epochs only)."""
@@ -215,6 +247,10 @@ class SampleSource:
             return self.parts[0].get(number)
         part, occurrence = self.blend.locate(number)
         return self.parts[part].get(occurrence)
+
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays:
+        """Samples of any parts as one micro-batch: all parts of a blend are of one kind and length."""
+        return self.parts[0].collate(samples, numbers)
 
     @property
     def num_tokens(self) -> int:
