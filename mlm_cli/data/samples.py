@@ -18,7 +18,8 @@ from mlm_cli.data.split import SPLITS, split_documents
 from mlm_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from mlm_cli.config.schema import DataSection, WeightedPrefix
+    from mlm_cli.config.schema import DataSection, ModelSection, WeightedPrefix
+    from mlm_cli.data.tokenizer import Tokenizer
 
 __all__ = ["GPTSamples", "SampleSource", "open_training_data"]
 
@@ -27,11 +28,10 @@ _CHECKED_TOKENS = 1 << 25  # read at most this many ids (64-128 MB) when looking
 
 def open_training_data(
     data: DataSection,
+    model: ModelSection,
+    tokenizer: Tokenizer | None = None,
     *,
-    seq_length: int,
     seed: int,
-    vocab_size: int | None = None,
-    tokenizer_fingerprint: str | None = None,
 ) -> dict[str, SampleSource | None]:
     """Open what the recipe names; ``{"train": SampleSource, "valid": SampleSource | None, "test": ...}``.
 
@@ -39,8 +39,9 @@ def open_training_data(
     one sample (said as a warning for valid). Their samples keep one order, so every validation sees the same ones.
 
     Args:
-        vocab_size: ids from here on are an error (a bounded part of each data set is searched now, the rest when read).
-        tokenizer_fingerprint: data made with another tokenizer is an error.
+        model: its family says what a sample is, its ``seq_length`` how long. Ids from its ``vocab_size`` on are an
+            error (a bounded part of each data set is searched now, the rest when read).
+        tokenizer: data made with another one is an error. None: not checked (gpt only).
 
     Raises:
         UsageError: the section names no training data, or both ``path`` and ``train``.
@@ -53,7 +54,7 @@ def open_training_data(
         named = [(entry, 1.0)] if isinstance(entry, str) else [(part.prefix, part.weight) for part in entry]
         for path, _ in named:
             if path not in opened:
-                opened[path] = _open_checked(path, vocab_size, tokenizer_fingerprint)
+                opened[path] = _open_checked(path, model.vocab_size, tokenizer)
         return [(opened[path], weight) for path, weight in named]
 
     sources: dict[str, SampleSource | None] = {}
@@ -74,11 +75,11 @@ def open_training_data(
                 samples = GPTSamples(
                     dataset,
                     documents,
-                    seq_length=seq_length,
+                    seq_length=model.seq_length,
                     seed=seed,
                     stream=stream * len(SPLITS) + number,
                     mask_documents=data.mask_documents,
-                    vocab_size=vocab_size,
+                    vocab_size=model.vocab_size,
                     name=name,
                 )
             except DataError as error:
@@ -110,15 +111,15 @@ def _say_rounding(train: SampleSource | None) -> None:
         log.warn(f"blend weights are kept in steps of 1/65,536; in use: {shares}")
 
 
-def _open_checked(path: str, vocab_size: int | None, tokenizer_fingerprint: str | None) -> IndexedDataset:
+def _open_checked(path: str, vocab_size: int | None, tokenizer: Tokenizer | None) -> IndexedDataset:
     dataset = IndexedDataset(path)
     sidecar = load_sidecar(dataset.prefix)
     if sidecar is None:
         log.detail(f"{dataset.prefix} has no sidecar: its tokenizer cannot be checked")
-    elif tokenizer_fingerprint is not None and sidecar.tokenizer_fingerprint != tokenizer_fingerprint:
+    elif tokenizer is not None and sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{dataset.prefix} was made with another tokenizer ({sidecar.tokenizer_spec}, "
-            f"{sidecar.tokenizer_fingerprint[:12]}) than the recipe's ({tokenizer_fingerprint[:12]})",
+            f"{sidecar.tokenizer_fingerprint[:12]}) than the recipe's ({tokenizer.fingerprint[:12]})",
             hint="set `tokenizer` to the one the data was made with, or run `mlm preprocess` again",
         )
     if vocab_size is not None:

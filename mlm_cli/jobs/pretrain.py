@@ -218,13 +218,7 @@ def _check_space(checkpointer: Checkpointer, recipe: Recipe, position: Position)
 
 
 def _open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:
-    return open_training_data(
-        recipe.data,
-        seq_length=recipe.model.seq_length,
-        seed=recipe.seed,
-        vocab_size=recipe.model.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer is not None else None,
-    )
+    return open_training_data(recipe.data, recipe.model, tokenizer, seed=recipe.seed)
 
 
 def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:

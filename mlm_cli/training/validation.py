@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mlm_cli import heartbeat
-from mlm_cli.data.loader import collate
 from mlm_cli.parallel.context import ParallelContext
 
 
@@ -17,6 +16,10 @@ class Source(Protocol):
     """Numbered samples (``data.packed.SampleSource``)."""
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
+
+    def collate(
+        self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]
+    ) -> dict[str, np.ndarray]: ...
 
 
 class Validator:
@@ -62,7 +65,7 @@ class Validator:
             if first >= self.num_samples:
                 continue
             numbers = list(range(first, min(first + self.micro_batch_size, self.num_samples)))
-            arrays = collate([self.source.get(number) for number in numbers], numbers)
+            arrays = self.source.collate([self.source.get(number) for number in numbers], numbers)
             batch = {name: torch.from_numpy(array).to(self.parallel.device) for name, array in arrays.items()}
             total += model.scores(batch)
         sums = self.parallel.data.all_reduce_(total).tolist()

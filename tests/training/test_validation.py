@@ -20,6 +20,9 @@ class Numbers:
     def get(self, number: int) -> dict[str, Any]:
         return {"tokens": np.full(9, number, dtype=np.int64), "segments": None}
 
+    def collate(self, samples: list[dict[str, Any]], numbers: list[int]) -> dict[str, np.ndarray]:
+        return {"tokens": np.stack([sample["tokens"] for sample in samples])[:, :-1]}
+
 
 class MeanOfTokens(nn.Module):
     """A "model" that scores the mean token and the share of odd ones; it must be asked in evaluation mode."""
