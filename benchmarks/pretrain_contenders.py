@@ -181,7 +181,7 @@ def mlm(args: argparse.Namespace) -> Work:
     from mlm_cli import distributed
     from mlm_cli.config.schema import ModelSection
     from mlm_cli.jobs.pretrain import objective
-    from mlm_cli.models.gpt import build_gpt
+    from mlm_cli.models.registry import build_gpt
     from mlm_cli.parallel.context import ParallelContext
     from mlm_cli.training.allocator import keep_freed_memory
     from mlm_cli.training.engine import OptimizerSettings, build_engine

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_gpt2, map_llama
+from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import check_slices
 from mlm_cli.errors import CheckpointError
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.model import Model
+from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
-LAYOUTS = {map_gpt2.MODEL_TYPE: map_gpt2, map_llama.MODEL_TYPE: map_llama}
+LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert)}
 # What a task head replaces: its model has no output layer over the vocabulary.
 _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -51,7 +52,7 @@ def load_model_folder(
     device: torch.device | str | None = None,
     head_optional: bool = False,
     changes: Mapping[str, Any] | None = None,
-) -> tuple[GPT, ModelSection]:
+) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
 
     Args:
@@ -79,7 +80,7 @@ def load_model_folder(
         if headless and not section.tie_embeddings and "lm_head.weight" not in files:
             section = section.model_copy(update={"tie_embeddings": True})
         check_slices(section, parallel.tensor.size)
-        model = build_gpt(section, parallel, dtype=dtype, init=False)
+        model = build_model(section, parallel, dtype=dtype, init=False)
         layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
         _fill(model, files, layout, extra=_head_tensors(config, files), num_positions=num_positions)
     return model, section
@@ -96,7 +97,7 @@ def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if name.startswith(known)} if _is_headless(config) else set()
 
 
-def _fill(model: GPT, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int) -> None:
+def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int) -> None:
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():

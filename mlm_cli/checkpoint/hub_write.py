@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.shard import gather_full, shard_of
 
+_PRETRAINING = re.compile("LMHeadModel$|For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$")
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -46,7 +48,7 @@ class Head:
 
 
 def save_model_folder(
-    model: GPT,
+    model: Model,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -122,7 +124,7 @@ class _Job:
 
 
 def _jobs(
-    model: GPT, key_map: KeyMap, weights: Mapping[str, Tensor] | None, dtype: torch.dtype | None, head: Head | None
+    model: Model, key_map: KeyMap, weights: Mapping[str, Tensor] | None, dtype: torch.dtype | None, head: Head | None
 ) -> list[_Job]:
     jobs = []
     for name, param in model.named_parameters():
@@ -157,7 +159,7 @@ def _from_all_stages(own: list[_Job], pipeline: Group) -> list[_Job]:
     return [job(stage, number) for stage in range(pipeline.size) for number in range(len(sizes[stage]))]
 
 
-def _dtype_of(model: GPT, weights: Mapping[str, Tensor] | None) -> torch.dtype:
+def _dtype_of(model: Model, weights: Mapping[str, Tensor] | None) -> torch.dtype:
     """What the weights are now: an engine may have put float32 masters in the place of a bfloat16 model's."""
     return next(iter(weights.values() if weights else model.parameters())).dtype
 
@@ -259,7 +261,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _write_texts(
     folder: Path,
-    model: GPT,
+    model: Model,
     layout: ModuleType,
     tokenizer: Tokenizer | None,
     meta: Mapping[str, Any],
@@ -271,9 +273,9 @@ def _write_texts(
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
         tokenizer.save(folder)
-    architecture = layout.ARCHITECTURE
+    architecture = layout.architecture(model.config)
     if head is not None:
-        architecture = architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + head.architecture
+        architecture = _PRETRAINING.sub("", architecture) + head.architecture
     config = {
         "architectures": [architecture],
         **layout.write_config(model.config),
@@ -283,7 +285,7 @@ def _write_texts(
         **(head.config if head is not None else {}),
     }
     _write_json(folder / "config.json", config)
-    if head is None:
+    if head is None and model.config.family != "bert":
         _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
     card = model_card(model.config, architecture, _DTYPE_NAMES[dtype], meta)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -74,7 +74,9 @@ class ConfigReader:
 
 
 # Keys of the model section that no outside config.json can hold; kept in its entry `mlm`.
-KEPT = ("make_vocab_size_divisible_by", "hidden_dropout", "attention_dropout", "init_std", "attention")
+KEPT = (
+    "make_vocab_size_divisible_by", "hidden_dropout", "attention_dropout", "init_std", "attention", "binary_head",
+)  # fmt: skip
 
 
 def kept_settings(model: ModelSection) -> dict[str, Any]:

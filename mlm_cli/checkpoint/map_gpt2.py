@@ -10,8 +10,12 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size
 
 MODEL_TYPE = "gpt2"
-ARCHITECTURE = "GPT2LMHeadModel"
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
+
+
+def architecture(model: ModelSection) -> str:
+    """transformers' class for a model of this layout."""
+    return "GPT2LMHeadModel"
 
 
 def read_config(config: ConfigReader) -> ModelSection:

@@ -11,7 +11,11 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
 
 MODEL_TYPE = "llama"
-ARCHITECTURE = "LlamaForCausalLM"
+
+
+def architecture(model: ModelSection) -> str:
+    """transformers' class for a model of this layout."""
+    return "LlamaForCausalLM"
 
 
 def read_config(config: ConfigReader) -> ModelSection:

@@ -9,7 +9,9 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_query_groups
 from mlm_cli.models.count import count_parameters
 
-_STYLE = {"gpt2": "GPT-2 style", "llama": "Llama style"}
+_STYLE = {"gpt2": "GPT-2 style", "llama": "Llama style", "bert": "BERT", "megatron-bert": "Megatron-LM BERT"}
+_KIND = {"gpt": "causal language model", "bert": "masked language model"}
+_PIPELINE = {"gpt": "text-generation", "bert": "fill-mask"}
 
 
 def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any]) -> str:
@@ -34,11 +36,11 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         "weights": dtype,
     }
     facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
-    kind = "text classifier" if classifier else "causal language model"
+    kind = "text classifier" if classifier else _KIND[model.family]
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}",
+        f"pipeline_tag: {'text-classification' if classifier else _PIPELINE[model.family]}",
         "license: unknown",
         "tags: [mlm]",
         "---",
@@ -46,7 +48,7 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         f"# {meta.get('name', 'A model trained with mlm')}",
         "",
         f"A {_STYLE[hub_layout(model)]} {kind}. Opens as `{architecture}` in `transformers`,",
-        "and wherever `mlm` takes a MODEL (`mlm generate`, `mlm evaluate`, `mlm finetune`).",
+        "and wherever `mlm` takes a MODEL of its kind.",
         "",
         "## The model",
         "",
@@ -73,8 +75,8 @@ def _sparse_limit(model: ModelSection) -> list[str]:
     if not is_sparse(model):
         return []
     return [
-        f"- Its attention is sparse (`{model.attention.pattern}`, window {model.attention.window}), which `mlm` reads from",
-        "  `config.json`. Other programs attend to every token, which is another model: use `mlm`.",
+        f"- Its attention is sparse (`{model.attention.pattern}`, window {model.attention.window}), which `mlm` reads",
+        "  from `config.json`. Other programs attend to every token, which is another model: use `mlm`.",
     ]
 
 

@@ -14,7 +14,7 @@ _READABLE = ("default", "linear", "dynamic", "yarn")
 
 
 def read_rope(config: ConfigReader) -> dict[str, Any]:
-    """``seq_length``, ``rotary_base`` and ``rotary_scaling`` of a ``config.json``, where transformers 4 or 5 writes them.
+    """``seq_length``, ``rotary_base``, ``rotary_scaling`` of a ``config.json``, where transformers 4 or 5 writes them.
 
     Raises:
         CheckpointError: another kind of scaling, or one that lacks a number.

@@ -59,7 +59,7 @@ _FOREIGN = {
 
 
 def written_out(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Recipe values with `model.attention: KERNEL` as the section it stands for, so that merging keeps its other keys."""
+    """Recipe values with `model.attention: KERNEL` as the section it stands for: merging keeps its other keys."""
     model = values.get("model")
     if isinstance(model, Mapping) and isinstance(model.get("attention"), str):
         return {**values, "model": {**model, "attention": {"kernel": model["attention"]}}}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.errors import UsageError
+
+Rules = Callable[[ModelSection], dict[str, bool]]  # what an outside layout asks of a model section, and is it so
 
 
 def head_dim(model: ModelSection) -> int:
@@ -16,11 +20,25 @@ def num_query_groups(model: ModelSection) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
+def is_gated(model: ModelSection) -> bool:
+    """True where the feed-forward layer multiplies two projections (Shazeer 2020)."""
+    return model.activation in ("swiglu", "geglu")
+
+
 def ffn_hidden_size(model: ModelSection) -> int:
-    """Inner width of the feed-forward layer: 4h, or 8h/3 rounded up to 64 for swiglu (same number of weights)."""
+    """Inner width of the feed-forward layer: 4h, or 8h/3 rounded up to 64 where gated (same number of weights)."""
     if model.ffn_hidden_size is not None:
         return model.ffn_hidden_size
-    return -(-8 * model.hidden_size // 192) * 64 if model.activation == "swiglu" else 4 * model.hidden_size
+    return -(-8 * model.hidden_size // 192) * 64 if is_gated(model) else 4 * model.hidden_size
+
+
+def output_init_std(model: ModelSection) -> float:
+    """Standard deviation of initial weights that write to the residual stream.
+
+    Pre-norm sums grow with depth, which ``1 / sqrt(2 * layers)`` makes up for (Radford et al. 2019, section 2.3).
+    """
+    depth = model.num_layers if model.norm_order == "pre" else 0
+    return model.init_std / (2 * depth) ** 0.5 if depth else model.init_std
 
 
 def is_sparse(model: ModelSection) -> bool:
@@ -50,33 +68,71 @@ def padded_vocab_size(model: ModelSection) -> int:
 
 
 def hub_layout(model: ModelSection) -> str:
-    """The Hugging Face architecture that holds this model: ``"gpt2"`` or ``"llama"``.
+    """The Hugging Face architecture that holds this model: its ``model_type``.
 
     Raises:
-        UsageError: neither can; checkpoints could not be written.
+        UsageError: none can; checkpoints could not be written.
     """
-    gpt2 = {
-        "position: learned": model.position == "learned",
-        "norm: layernorm": model.norm == "layernorm",
-        "activation: gelu or gelu_erf": model.activation in ("gelu", "gelu_erf"),
+    rules = _HUB_RULES[model.family]
+    broken = {name: [rule for rule, kept in wanted(model).items() if not kept] for name, wanted in rules.items()}
+    for name, missed in broken.items():
+        if not missed:
+            return name
+    nearest = min(broken, key=lambda name: len(broken[name]))
+    raise UsageError(
+        f"no Hugging Face architecture holds this model: family {model.family}, position {model.position}, norm "
+        f"{model.norm_order} {model.norm}, activation {model.activation}, {num_query_groups(model)} query groups",
+        hint=f"for the {nearest} layout set model." + " and model.".join(broken[nearest]),
+    )
+
+
+def _even_heads(model: ModelSection) -> dict[str, bool]:
+    return {
         "num_query_groups: unset": num_query_groups(model) == model.num_attention_heads,
         "head_dim: unset": head_dim(model) * model.num_attention_heads == model.hidden_size,
     }
-    llama = {
+
+
+def _gpt2_rules(model: ModelSection) -> dict[str, bool]:
+    return {
+        "position: learned": model.position == "learned",
+        "norm: layernorm": model.norm == "layernorm",
+        "norm_order: pre": model.norm_order == "pre",
+        "activation: gelu or gelu_erf": model.activation in ("gelu", "gelu_erf"),
+        "num_token_types: 0": model.num_token_types == 0,
+        **_even_heads(model),
+    }
+
+
+def _llama_rules(model: ModelSection) -> dict[str, bool]:
+    return {
         "position: rotary": model.position == "rotary",
         "norm: rmsnorm": model.norm == "rmsnorm",
+        "norm_order: pre": model.norm_order == "pre",
         "activation: swiglu": model.activation == "swiglu",
+        "num_token_types: 0": model.num_token_types == 0,
     }
-    for name, rules in (("gpt2", gpt2), ("llama", llama)):
-        if all(rules.values()):
-            return name
-    nearest = "gpt2" if model.position == "learned" else "llama"
-    broken = [rule for rule, kept in (gpt2 if nearest == "gpt2" else llama).items() if not kept]
-    raise UsageError(
-        f"no Hugging Face architecture holds this model: position {model.position}, norm {model.norm}, "
-        f"activation {model.activation}, {num_query_groups(model)} query groups",
-        hint=f"for the {nearest} layout set model." + " and model.".join(broken),
-    )
+
+
+def _bert_rules(order: str) -> Rules:
+    def rules(model: ModelSection) -> dict[str, bool]:
+        return {
+            "position: learned": model.position == "learned",
+            "norm: layernorm": model.norm == "layernorm",
+            f"norm_order: {order}": model.norm_order == order,
+            "activation: gelu or gelu_erf": model.activation in ("gelu", "gelu_erf"),
+            "num_token_types: 1 or more": model.num_token_types > 0,
+            "bias: true": model.bias,
+            **_even_heads(model),
+        }
+
+    return rules
+
+
+_HUB_RULES: dict[str, dict[str, Rules]] = {
+    "gpt": {"gpt2": _gpt2_rules, "llama": _llama_rules},
+    "bert": {"bert": _bert_rules("post"), "megatron-bert": _bert_rules("pre")},
+}
 
 
 def check_slices(model: ModelSection, tensor: int) -> None:

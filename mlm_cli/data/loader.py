@@ -7,7 +7,7 @@ order, whatever their number, and a run resumes anywhere by giving ``start_sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,34 +26,7 @@ class Source(Protocol):
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
 
-
-def collate(samples: list[Mapping[str, np.ndarray | None]], numbers: list[int]) -> Arrays:
-    """Stack packed samples of s+1 tokens into arrays of one micro-batch.
-
-    Returns:
-        ``tokens`` and ``labels`` int64 [b, s] (labels are the next tokens), ``sample_ids`` int64 [b]; where samples
-        have ``segments``: these, int32 [b, s], and ``positions`` int64 [b, s], counted anew in each document.
-    """
-    tokens = np.stack([np.asarray(sample["tokens"]) for sample in samples])
-    batch = {
-        "tokens": np.ascontiguousarray(tokens[:, :-1]),
-        "labels": np.ascontiguousarray(tokens[:, 1:]),
-        "sample_ids": np.array(numbers, dtype=np.int64),
-    }
-    if samples[0].get("segments") is not None:
-        segments = np.stack([np.asarray(sample["segments"]) for sample in samples])
-        batch["segments"] = segments
-        batch["positions"] = restarted_positions(segments)
-    return batch
-
-
-def restarted_positions(segments: np.ndarray) -> np.ndarray:
-    """Positions int64 [b, s] that begin at 0 wherever the document number of ``segments`` [b, s] changes."""
-    places = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
-    begins = np.zeros(segments.shape, dtype=np.int64)
-    changed = segments[:, 1:] != segments[:, :-1]
-    begins[:, 1:] = np.where(changed, places[:, 1:], 0)
-    return places - np.maximum.accumulate(begins, axis=1)
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays: ...
 
 
 class MicroBatches:
@@ -68,7 +41,7 @@ class MicroBatches:
     def __call__(self, number: int) -> Arrays:
         first = self.start_sample + (number * self.data_size + self.data_rank) * self.micro_batch_size
         numbers = list(range(first, first + self.micro_batch_size))
-        return collate([self.source.get(sample) for sample in numbers], numbers)
+        return self.source.collate([self.source.get(sample) for sample in numbers], numbers)
 
 
 def batches(
@@ -81,7 +54,8 @@ def batches(
     num_workers: int = 0,
     num_batches: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of one data rank, without end or ``num_batches`` of them; see ``collate`` for their tensors.
+    """Micro-batches of one data rank, without end or ``num_batches`` of them; their tensors are those of ``collate`` of
+    the samples.
 
     The batches are the same for every ``num_workers``. Workers stop when the iterator is closed, collected or used up,
     and when this process dies.

@@ -75,6 +75,16 @@ def _mix_array(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def draws(key: int, count: int) -> np.ndarray:
+    """``count`` random 64-bit numbers, uint64 [count]: splitmix64 started at ``key``. Equal keys give equal numbers."""
+    return _mix_array(np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+
+
+def fractions(numbers: np.ndarray) -> np.ndarray:
+    """Random 64-bit numbers -> float64 in [0, 1), same shape."""
+    return (numbers >> np.uint64(11)) * 2.0**-53
+
+
 def _scramble(values: np.ndarray, a: int, b: int, keys: list[int]) -> np.ndarray:
     left, right = np.divmod(values, np.uint64(b))
     # The remainder is taken before the sum so that it cannot pass 64 bits; the scalar form has no such limit, and

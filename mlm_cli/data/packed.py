@@ -16,27 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlm_cli.data.blend import Blend
-from mlm_cli.data.indexed import IndexedDataset
 from mlm_cli.data.order import epoch_shift, sample_position
-from mlm_cli.errors import DataError
+from mlm_cli.data.token_stream import TokenStore, TokenStream
 
-
-class TokenStore(Protocol):
-    """What is needed of an indexed data set (``data.indexed.IndexedDataset``)."""
-
-    prefix: str
-    dtype: np.dtype[Any]
-    num_documents: int
-    offsets: np.ndarray
-    document_index: np.ndarray
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def one_stream(self) -> bool: ...
-
-    def tokens(self, start: int, stop: int) -> np.ndarray: ...
+Arrays = dict[str, np.ndarray]
 
 
 class Samples(Protocol):
@@ -50,18 +33,19 @@ class Samples(Protocol):
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
 
-
-def first_token_of_document(dataset: TokenStore, document: int) -> int:
-    """Place of a document's first token in the ``.bin``, in tokens; ``num_documents`` gives the end of the data."""
-    if document >= dataset.num_documents:
-        return dataset.num_tokens
-    sequence = int(dataset.document_index[document])
-    if sequence >= len(dataset.offsets):  # trailing documents without any sequence
-        return dataset.num_tokens
-    return int(dataset.offsets[sequence]) // dataset.dtype.itemsize
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays: ...
 
 
-class GPTSamples:
+def restarted_positions(segments: np.ndarray) -> np.ndarray:
+    """Positions int64 [b, s] that begin at 0 wherever the document number of ``segments`` [b, s] changes."""
+    places = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
+    begins = np.zeros(segments.shape, dtype=np.int64)
+    changed = segments[:, 1:] != segments[:, :-1]
+    begins[:, 1:] = np.where(changed, places[:, 1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)
+
+
+class GPTSamples(TokenStream):
     """Packed samples of one indexed data set, or of some of its documents.
 
     Args:
@@ -90,24 +74,10 @@ class GPTSamples:
         vocab_size: int | None = None,
         name: str | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.documents = range(dataset.num_documents) if documents is None else documents
+        super().__init__(dataset, documents, vocab_size=vocab_size, name=name)
         self.seq_length, self.seed, self.stream = seq_length, seed, stream
-        self.mask_documents, self.vocab_size = mask_documents, vocab_size
-        self.name = name or str(dataset.prefix)
-        if not dataset.one_stream:
-            raise DataError(
-                f"the sequences of {dataset.prefix} do not lie back to back in its .bin file",
-                hint="write it anew with `mlm preprocess`",
-            )
-        self.start = first_token_of_document(dataset, self.documents.start)
-        self.num_tokens = first_token_of_document(dataset, self.documents.stop) - self.start
-        if self.num_tokens < seq_length + 1:
-            raise DataError(
-                f"{self.name} holds {self.num_tokens:,} tokens in {len(self.documents):,} documents; one sample of "
-                f"seq_length {seq_length:,} needs {seq_length + 1:,}",
-                hint="give more text, a larger share in data.split, or a smaller model.seq_length",
-            )
+        self.mask_documents = mask_documents
+        self.require(seq_length + 1, f"one sample of seq_length {seq_length:,}", "model.seq_length")
         self.samples_per_epoch = (self.num_tokens - 1) // seq_length
 
     def get(self, number: int) -> dict[str, np.ndarray | None]:
@@ -119,24 +89,27 @@ class GPTSamples:
         epoch, place = sample_position(number, self.samples_per_epoch, self.seed, self.stream)
         shift = epoch_shift(self.seq_length, self.seed, epoch, self.stream)
         first = shift + place * self.seq_length
-        tokens = self._read(first, first + self.seq_length + 1)
-        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
-            raise DataError(
-                f"{self.name}: token id {largest} near token {self.start + first:,} of {self.dataset.prefix}.bin is "
-                f"not in the vocabulary of {self.vocab_size:,}",
-                hint="the data was made with another tokenizer: run `mlm preprocess` with this one",
-            )
+        tokens = self.read(first, first + self.seq_length + 1)
         return {"tokens": tokens, "segments": self._segments(first) if self.mask_documents else None}
 
-    def _read(self, first: int, stop: int) -> np.ndarray:
-        """Tokens [first, stop) of the split, int64; past its end it goes on at its beginning (later epochs only)."""
-        parts = []
-        while first < stop:
-            begin = first % self.num_tokens
-            length = min(stop - first, self.num_tokens - begin)
-            parts.append(self.dataset.tokens(self.start + begin, self.start + begin + length))
-            first += length
-        return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays:
+        """Stack samples of s+1 tokens into the arrays of one micro-batch; ``numbers``: what each was got by.
+
+        Returns:
+            ``tokens`` and ``labels`` int64 [b, s] (labels are the next tokens), ``sample_ids`` int64 [b]; where
+            samples have ``segments``: these, int32 [b, s], and ``positions`` int64 [b, s], anew in each document.
+        """
+        tokens = np.stack([np.asarray(sample["tokens"]) for sample in samples])
+        batch = {
+            "tokens": np.ascontiguousarray(tokens[:, :-1]),
+            "labels": np.ascontiguousarray(tokens[:, 1:]),
+            "sample_ids": np.array(numbers, dtype=np.int64),
+        }
+        if samples[0].get("segments") is not None:
+            segments = np.stack([np.asarray(sample["segments"]) for sample in samples])
+            batch["segments"] = segments
+            batch["positions"] = restarted_positions(segments)
+        return batch
 
     def _segments(self, first: int) -> np.ndarray:
         """Document number of each input of a sample, counted from 0 inside the sample; int32 [s].
@@ -166,33 +139,9 @@ class GPTSamples:
         places = np.asarray(offsets[found[found < len(offsets)]], dtype=np.int64) // size
         return places[(places >= start) & (places < stop)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: a memory map does not travel, so its file is opened again there."""
-        state = dict(self.__dict__)
-        if isinstance(self.dataset, IndexedDataset):
-            state["dataset"], state["reopen"] = None, self.dataset.prefix
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        prefix = state.pop("reopen", None)
-        self.__dict__.update(state)
-        if prefix is not None:
-            self.dataset = IndexedDataset(prefix)
-
     @property
-    def fingerprint(self) -> str:
-        """sha256 over what decides the samples: sizes, both ends of the tokens, documents, length, seed.
-
-        Constant time: the middle of a corpus is not read (the sidecar holds full hashes of its sources).
-        """
-        edge = min(self.num_tokens, 65_536)
-        digest = hashlib.sha256()
-        digest.update(self.dataset.tokens(self.start, self.start + edge).tobytes())
-        end = self.start + self.num_tokens
-        digest.update(self.dataset.tokens(end - edge, end).tobytes())
-        sizes = (self.dataset.num_tokens, self.dataset.num_documents, self.documents.start, self.documents.stop)
-        digest.update(repr((sizes, self.seq_length, self.seed, self.stream, self.mask_documents)).encode())
-        return digest.hexdigest()
+    def settings(self) -> tuple[Any, ...]:
+        return (self.seq_length, self.seed, self.stream, self.mask_documents)
 
 
 class SampleSource:
@@ -215,6 +164,10 @@ class SampleSource:
             return self.parts[0].get(number)
         part, occurrence = self.blend.locate(number)
         return self.parts[part].get(occurrence)
+
+    def collate(self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]) -> Arrays:
+        """Samples of any parts as one micro-batch: all parts of a blend are of one kind and length."""
+        return self.parts[0].collate(samples, numbers)
 
     @property
     def num_tokens(self) -> int:

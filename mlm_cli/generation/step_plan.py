@@ -16,7 +16,8 @@ from mlm_cli.config.shapes import is_sparse
 from mlm_cli.generation.slots import Slots
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import MLP, Block, Norm
-from mlm_cli.models.gpt import GPT, Embedding, Head, Position
+from mlm_cli.models.embedding import Embedding, Position
+from mlm_cli.models.gpt import GPT, Head
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 # With more rows than this a step computes more than it reads, and the general matrix product is the better one.
@@ -55,8 +56,10 @@ class StepPlan:
     @staticmethod
     def of(model: GPT, max_length: int) -> StepPlan | None:
         """The plan of a model, or None where its layers must run one by one."""
-        device = model.parallel.device
-        if is_sparse(model.config) or (model.config.rotary_scaling and model.config.rotary_scaling.type == "dynamic"):
+        device, config = model.parallel.device, model.config
+        if config.activation not in ("gelu", "gelu_erf", "swiglu") or config.norm_order != "pre":
+            return None
+        if is_sparse(config) or (config.rotary_scaling is not None and config.rotary_scaling.type == "dynamic"):
             return None  # it attends to every key, by rotations that are the same whatever the length
         if model.parallel.tensor.size > 1 or not ops.serves_decode_step(model.dtype, device):
             return None

@@ -38,8 +38,8 @@ from mlm_cli.jobs.training_parts import (
     seed_everything,
     watch_ranks,
 )
-from mlm_cli.models.gpt import build_gpt
 from mlm_cli.models.heads import SequenceClassifier
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.tasks.classification import Features, columns_of, encode_examples, label_names, training_batches

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model, save_model_folder
+from mlm_cli.checkpoint.hub import (
+    check_vocabulary,
+    load_model_folder,
+    read_model_config,
+    resolve_model,
+    save_model_folder,
+)
 from mlm_cli.checkpoint.load import load_state
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
@@ -37,7 +43,8 @@ from mlm_cli.jobs.training_parts import (
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.model import Model
+from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.training.allocator import keep_freed_memory
@@ -161,10 +168,10 @@ def _finish(session: Session, position: Position, received: Cause | None) -> int
     return 0
 
 
-def objective(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Next-token cross entropy."""
-    loss, tokens = model.loss(batch)
-    return loss, {"tokens": tokens}
+def objective(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """The family's own loss."""
+    loss, _ = model.loss(batch)
+    return loss, {"tokens": model.count_tokens(batch)}
 
 
 def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
@@ -182,7 +189,7 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
 
 def _build_engine(
     session: Session, batch: Batch, parallel: ParallelContext, dtype: torch.dtype
-) -> tuple[GPT, Engine, RandomStreams]:
+) -> tuple[Model, Engine, RandomStreams]:
     recipe = session.recipe
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
@@ -218,13 +225,7 @@ def _check_space(checkpointer: Checkpointer, recipe: Recipe, position: Position)
 
 
 def _open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:
-    return open_training_data(
-        recipe.data,
-        seq_length=recipe.model.seq_length,
-        seed=recipe.seed,
-        vocab_size=recipe.model.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer is not None else None,
-    )
+    return open_training_data(recipe.data, recipe.model, tokenizer, seed=recipe.seed)
 
 
 def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
@@ -233,17 +234,17 @@ def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
 
 def _build_model(
     recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype, *, fresh: bool
-) -> tuple[GPT, RandomStreams]:
+) -> tuple[Model, RandomStreams]:
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
         model = agree.all_succeed(lambda: _start_from(init_from, recipe, parallel))
     else:
-        model = build_gpt(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
+        model = build_model(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
     return model.train(), prepare_for_training(model, recipe, parallel, dtype)
 
 
-def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> GPT:
+def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> Model:
     """The weights of another run, for the context and the attention that this recipe asks for."""
     folder = resolve_model(init_from)
     _check_same_shape(read_model_config(folder)[0], recipe, init_from)
@@ -272,7 +273,7 @@ def _check_same_shape(section: ModelSection, recipe: Recipe, init_from: str) -> 
         )
 
 
-def _model_writer(model: GPT, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
+def _model_writer(model: Model, tokenizer: Tokenizer | None, recipe: Recipe):  # type: ignore[no-untyped-def]
     name = Path(recipe.output or "model").name
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 

@@ -13,8 +13,9 @@ from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import AttentionSection, ModelSection, Recipe
 from mlm_cli.errors import RankLostError
+from mlm_cli.models.block import Block
 from mlm_cli.models.count import FLOPS_FORMULA
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams, key_of
 from mlm_cli.training.engine import Engine, OptimizerSettings
@@ -45,19 +46,20 @@ def free_settings(model: ModelSection) -> dict[str, object]:
 
 
 def kept_pattern(asked: AttentionSection, found: AttentionSection) -> AttentionSection:
-    """The attention of a model that is fine-tuned: its own pattern, unless the recipe names one; the recipe's kernel."""
+    """Attention of a model that is fine-tuned: its own pattern, unless the recipe names one; the recipe's kernel."""
     return asked if asked.pattern is not None else found.model_copy(update={"kernel": asked.kernel})
 
 
-def prepare_for_training(gpt: GPT, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:
+def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:
     """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
-    gpt.dtype = dtype
-    gpt.recompute = recipe.train.recompute == "full"
+    model.dtype = dtype
+    model.recompute = recipe.train.recompute == "full"
     streams = RandomStreams(parallel, recipe.seed)
-    gpt.set_streams(streams)
+    model.set_streams(streams)
     if recipe.train.compile:
-        for layer in gpt.layers:
-            layer.compile()
+        for layer in model.modules():
+            if isinstance(layer, Block):
+                layer.compile()
     return streams
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlm_cli.config.schema import ModelSection, Recipe
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups, padded_vocab_size
-from mlm_cli.models.count import count_parameters
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_gated, num_query_groups, padded_vocab_size
+from mlm_cli.models.count import layer_counts
 from mlm_cli.models.stages import balance, layer_costs
 
 ACTIVATIONS_FORMULA = "Korthikanti et al. 2022, table 2, without the attention matrix (fused attention)"
@@ -28,35 +28,15 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def replicated_parameters(model: ModelSection) -> int:
-    """Parameters that every tensor rank holds in full: positions, norms, biases added after a row-sliced product."""
-    h = model.hidden_size
-    norm = 2 * h if model.norm == "layernorm" else h
-    per_layer = 2 * norm + (2 * h if model.bias else 0)
-    return (model.seq_length * h if model.position == "learned" else 0) + model.num_layers * per_layer + norm
-
-
 def parameters_per_rank(model: ModelSection, tensor: int, pipeline: int = 1) -> int:
-    """Of the rank that holds most."""
-    whole = replicated_parameters(model)
-    if pipeline > 1:
-        return max(_stage_parameters(model, tensor, part) for part in balance(layer_costs(model), pipeline))
-    return whole + (count_parameters(model) - whole) // tensor
+    """Of the rank that holds most. A stage whose output layer is tied to words of another one holds a copy of them."""
+    layers = layer_counts(model)
 
+    def held(part: range) -> int:
+        copies = sum(layers[number].tied // tensor for number in part if 0 not in part)
+        return sum(layers[number].held(tensor) for number in part) + copies
 
-def _stage_parameters(model: ModelSection, tensor: int, part: range) -> int:
-    """A stage's share of the layers, numbered as in ``models.gpt.gpt_layer_specs``; tied words are at both ends."""
-    h, last = model.hidden_size, model.num_layers + 2
-    position = model.seq_length * h if model.position == "learned" else 0
-    norm = 2 * h if model.norm == "layernorm" else h
-    words = padded_vocab_size(model) * h
-    ends = words * (1 if model.tie_embeddings else 2) + position + norm
-    layer_whole = (replicated_parameters(model) - position - norm) // model.num_layers
-    layer = (count_parameters(model) - ends) // model.num_layers
-    layers = sum(1 <= number <= model.num_layers for number in part)
-    held = layers * (layer_whole + (layer - layer_whole) // tensor)
-    held += (0 in part) * position + (last - 1 in part) * norm
-    return held + ((0 in part) + (last in part)) * words // tensor
+    return max(held(part) for part in balance([layer.cost for layer in layers], pipeline))
 
 
 def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Memory:
@@ -103,7 +83,7 @@ def _activations(model: ModelSection, tensor: int, outer: int, tokens: int, widt
     """
     h = model.hidden_size
     query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
-    inner = ffn_hidden_size(model) * (3 if model.activation == "swiglu" else 2)
+    inner = ffn_hidden_size(model) * (3 if is_gated(model) else 2)
     outside = 4 * h * width  # inputs and outputs of the two norms
     if model.hidden_dropout > 0:
         outside += 2 * h  # byte masks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import head_dim, num_query_groups
+from mlm_cli.config.shapes import head_dim, num_query_groups, output_init_std
 from mlm_cli.errors import UsageError
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
@@ -45,8 +45,7 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(
             model.hidden_size, sum(blocks), group, blocks=blocks, init_std=model.init_std, **options
         )
-        scaled_std = model.init_std / math.sqrt(2 * model.num_layers)
-        self.out = RowParallelLinear(query, model.hidden_size, group, init_std=scaled_std, **options)
+        self.out = RowParallelLinear(query, model.hidden_size, group, init_std=output_init_std(model), **options)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
@@ -55,7 +54,7 @@ class SelfAttention(nn.Module):
         b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
         dropout = self.dropout if self.training else 0.0
         if cache is None and self.pattern is None and self.kind == "auto" and not dropout and suits(heads):
-            out = attend_blocked(heads, info.rotary, info.visible, self.num_heads)
+            out = attend_blocked(heads, info.rotary, info.visible, self.num_heads, causal=info.causal)
             return self.out(out.reshape(b, s, self.num_heads * self.dim))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
@@ -80,7 +79,7 @@ class SelfAttention(nn.Module):
             if dropout:
                 raise UsageError(
                     f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
-                    hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs what dense costs",
+                    hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, at dense attention's cost",
                 )
             out = attend_sparse(query, key, value, info, pattern, cached=cached)
             if out is not None:
@@ -102,7 +101,7 @@ class SelfAttention(nn.Module):
                     value,
                     info.visible,
                     dropout,
-                    is_causal=info.visible is None and query.shape[2] > 1,
+                    is_causal=info.causal and info.visible is None and query.shape[2] > 1,
                     enable_gqa=self.num_groups != self.num_heads,
                 )
             attend = attend_fused if kind == "fused" else attend_reference
@@ -120,10 +119,10 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, 
     key, value = _repeat_groups(query, key, value)
     scale = 1.0 / math.sqrt(query.shape[-1])
     scores = query @ key.transpose(-1, -2)
-    if info.visible is None:
+    if info.causal and info.visible is None:
         probs = ops.scaled_causal_softmax(scores, scale, offset=info.offset, dropout=dropout)
     else:
-        probs = ops.scaled_masked_softmax(scores, ~info.visible, scale, dropout)
+        probs = ops.scaled_masked_softmax(scores, None if info.visible is None else ~info.visible, scale, dropout)
     return probs @ value
 
 

@@ -1,8 +1,7 @@
-"""The one transformer layer: GPT-2 and Llama are settings of it. Pre-layernorm (Radford et al. 2019)."""
+"""The one transformer layer: GPT-2, Llama and BERT are settings of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size
+from mlm_cli.config.shapes import ffn_hidden_size, is_gated, output_init_std
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
-from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
 from mlm_cli.parallel.mappings import copy_to_group
 
@@ -25,11 +24,16 @@ Masks = Callable[[], AbstractContextManager[None]]
 
 
 class Norm(nn.Module):
-    """Layer norm or RMS norm over the last dimension, equal on all tensor ranks."""
+    """Layer norm or RMS norm over the last dimension, equal on all tensor ranks.
 
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    ``sequence``: the group that tokens are shared out over here; unset: that of the model between sliced layers.
+    """
+
+    def __init__(
+        self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, *, sequence: Group | None = None
+    ) -> None:
         super().__init__()
-        device, self.sequence = parallel.device, parallel.sequence
+        device, self.sequence = parallel.device, parallel.sequence if sequence is None else sequence
         self.kind, self.eps = model.norm, model.norm_eps
         self.weight = new_parameter(model.hidden_size, init="ones", dtype=dtype, device=device)
         with_bias = model.norm == "layernorm"
@@ -40,7 +44,8 @@ class Norm(nn.Module):
         bias = None if self.bias is None else copy_to_group(self.bias, self.sequence)
         return copy_to_group(self.weight, self.sequence), bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, info: SequenceInfo | None = None) -> Tensor:
+        """``info`` is not looked at: the final norm is called as any entry of the layer list."""
         weight, bias = self._parameters_here()
         if self.kind == "rmsnorm":
             return ops.rms_norm(x, weight, self.eps)
@@ -53,35 +58,44 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward layer, its inner width cut over the tensor group; ``swiglu`` has rows gate | up."""
+    """Feed-forward layer, its inner width cut over the tensor group; gated ones have rows gate | up."""
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         group, width = parallel.tensor, ffn_hidden_size(model)
         options = {"sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.activation = model.activation
-        blocks = (width, width) if model.activation == "swiglu" else (width,)
+        blocks = (width, width) if is_gated(model) else (width,)
         self.up = ColumnParallelLinear(
             model.hidden_size, sum(blocks), group, bias=model.bias, blocks=blocks, init_std=model.init_std, **options
         )
-        scaled_std = model.init_std / math.sqrt(2 * model.num_layers)
-        self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=scaled_std, **options)
+        std = output_init_std(model)
+        self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=std, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
             return self.down(ops.swiglu(self.up(x)))
+        if self.activation == "geglu":
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(ops.bias_gelu(gate, None) * up)
+        if self.activation == "relu":
+            return self.down(F.relu(self.up(x)))
         gelu = ops.bias_gelu if self.activation == "gelu" else ops.bias_gelu_erf
         return self.down(gelu(self.up.without_bias(x), self.up.bias))
 
 
 class Block(nn.Module):
-    """``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
+    """Two residual branches, attention and feed-forward, each with a norm.
+
+    Pre-norm (Radford et al. 2019; Megatron-LM, also for BERT): ``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``.
+    Post-norm (Vaswani et al. 2017; the original BERT): ``norm1(x + attention(x))``, then ``norm2(x + mlp(x))``.
+    """
 
     gathers_children = True  # ZeRO-3: parameters are used by other ways than their module's forward
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        self.hidden_dropout = model.hidden_dropout
+        self.hidden_dropout, self.post_norm = model.hidden_dropout, model.norm_order == "post"
         self.masks: Masks = nullcontext
         self.norm1 = Norm(model, parallel, dtype)
         self.attention = SelfAttention(model, parallel, dtype)
@@ -91,9 +105,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``."""
         dropout = self.hidden_dropout if self.training else 0.0
+        if self.post_norm:
+            return self._post(x, info, cache, dropout)
         branch = self.attention(self.norm1(x), info, cache)
         with self.masks():
             normed, x = self.norm2.after(branch, x, dropout)
         branch = self.mlp(normed)
         with self.masks():
             return x + (F.dropout(branch, dropout) if dropout else branch)
+
+    def _post(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None, dropout: float) -> Tensor:
+        branch = self.attention(x, info, cache)
+        with self.masks():
+            x, _ = self.norm1.after(branch, x, dropout)
+        branch = self.mlp(x)
+        with self.masks():
+            return self.norm2.after(branch, x, dropout)[0]

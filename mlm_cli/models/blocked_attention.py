@@ -29,18 +29,19 @@ def suits(x: Tensor) -> bool:
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, visible: Tensor | None, num_heads: int
-    ) -> Tensor:
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, visible: Tensor | None, num_heads: int,
+        causal: bool,
+    ) -> Tensor:  # fmt: skip
         num_groups = (qkv.shape[2] - num_heads) // 2
         if cos is not None and sin is not None:
             qkv = qkv.clone()
             rotate_(qkv[:, :, : num_heads + num_groups], cos, sin)
         query, key, value = (x.transpose(1, 2) for x in qkv.split([num_heads, num_groups, num_groups], 2))
         out = F.scaled_dot_product_attention(
-            query, key, value, visible, is_causal=visible is None, enable_gqa=num_groups != num_heads
+            query, key, value, visible, is_causal=causal and visible is None, enable_gqa=num_groups != num_heads
         )
         ctx.save_for_backward(qkv, cos, sin, visible)
-        ctx.num_heads, ctx.num_groups = num_heads, num_groups
+        ctx.num_heads, ctx.num_groups, ctx.causal = num_heads, num_groups, causal
         return out.transpose(1, 2)
 
     @staticmethod
@@ -51,14 +52,14 @@ class _BlockedAttention(torch.autograd.Function):
         for first in range(0, qkv.shape[0], rows):
             part = slice(first, first + rows)
             mask = visible if visible is None or visible.shape[0] == 1 else visible[part]
-            _gradients(qkv[part], grad[part], grad_qkv[part], mask, ctx.num_heads, ctx.num_groups)
+            _gradients(qkv[part], grad[part], grad_qkv[part], mask, ctx.num_heads, ctx.num_groups, ctx.causal)
         if cos is not None:
             rotate_(grad_qkv[:, :, : ctx.num_heads + ctx.num_groups], cos, -sin)
-        return grad_qkv, None, None, None, None
+        return grad_qkv, None, None, None, None, None
 
 
 def _gradients(
-    qkv: Tensor, grad: Tensor, grad_qkv: Tensor, visible: Tensor | None, num_heads: int, num_groups: int
+    qkv: Tensor, grad: Tensor, grad_qkv: Tensor, visible: Tensor | None, num_heads: int, num_groups: int, causal: bool
 ) -> None:
     """Gradients of some samples, ``[b, s, heads, d]`` each, written to ``grad_qkv``."""
     b, s, _, d = qkv.shape
@@ -73,10 +74,14 @@ def _gradients(
     query, key, value = (whole(x) for x in qkv.split([num_heads, num_groups, num_groups], 2))
     grad = whole(grad)
     grads = [torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)]
-    for start in reversed(range(0, s, _QUERIES)):  # the last block sees every key, so it fills what others add to
-        stop = min(start + _QUERIES, s)
-        mask = visible if visible is None else ~visible[:, :, start:stop, :stop]
-        _block_gradients(query, key, value, grad, grads, start, stop, mask, b)
+    for start in reversed(range(0, s, _QUERIES)):
+        rows = slice(start, min(start + _QUERIES, s))
+        seen = rows.stop if causal else s
+        mask = visible
+        if visible is not None:  # a mask of keys alone has one row for all queries
+            mask = ~(visible if visible.shape[2] == 1 else visible[:, :, rows])[..., :seen]
+        # The last block sees every key, and is the first to be done: it fills what others add to.
+        _block_gradients(query, key, value, grad, grads, rows, seen, mask, b, causal=causal, fill=rows.stop == s)
     for mine, where in zip(grads, grad_qkv.split([num_heads, num_groups, num_groups], 2), strict=True):
         heads = mine.view(b, num_heads, s, d)
         if where.shape[2] != num_heads:
@@ -85,40 +90,43 @@ def _gradients(
 
 
 def _block_gradients(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, grads: list[Tensor], start: int, stop: int,
-    hidden: Tensor | None, b: int,
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, grads: list[Tensor], rows: slice, seen: int,
+    hidden: Tensor | None, b: int, *, causal: bool, fill: bool,
 ) -> None:  # fmt: skip
-    """What queries ``start..stop`` give to the gradients; keys after ``stop`` are out of sight."""
-    query, grad, key, value = query[:, start:stop], grad[:, start:stop], key[:, :stop], value[:, :stop]
+    """What the queries of ``rows`` give to the gradients; keys from ``seen`` on are out of sight."""
+    query, grad, key, value = query[:, rows], grad[:, rows], key[:, :seen], value[:, :seen]
     scale = query.shape[-1] ** -0.5
-    scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, stop - start, stop).requires_grad_()
+    scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, query.shape[1], seen).requires_grad_()
     with torch.enable_grad():
-        if hidden is None:
-            probs = ops.scaled_causal_softmax(scores, scale, offset=start)
+        if causal and hidden is None:
+            probs = ops.scaled_causal_softmax(scores, scale, offset=rows.start)
         else:
             probs = ops.scaled_masked_softmax(scores, hidden, scale)
     grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(scores)
     grad_scores = torch.autograd.grad(probs, scores, grad_probs)[0].flatten(0, 1)
-    grads[0][:, start:stop] = torch.bmm(grad_scores, key)
+    grads[0][:, rows] = torch.bmm(grad_scores, key)
     factors = (grad_scores, query), (probs.detach().flatten(0, 1), grad)
     for whole, (left, right) in zip(grads[1:], factors, strict=True):
-        if stop == whole.shape[1]:
+        if fill:
             torch.bmm(left.transpose(1, 2), right, out=whole)
         else:
-            whole[:, :stop] += torch.bmm(left.transpose(1, 2), right)
+            whole[:, :seen] += torch.bmm(left.transpose(1, 2), right)
 
 
-def attend_blocked(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, visible: Tensor | None, num_heads: int) -> Tensor:
+def attend_blocked(
+    qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, visible: Tensor | None, num_heads: int, *, causal: bool = True
+) -> Tensor:
     """Attention of a whole sequence to itself.
 
     Args:
         qkv: ``[b, s, heads + 2 * groups, d]``: query, key and value heads.
         rotary: tables of ``RotaryTable.at`` for query and key heads.
-        visible: ``[b or 1, 1, s, s]``, True where a token may look, and never at a later one; None: causal.
+        visible: ``[b or 1, 1, s or 1, s]``, True where a token may look; None: everywhere that ``causal`` allows.
         num_heads: query heads.
+        causal: no token sees a later one, and ``visible`` says so too.
 
     Returns:
         ``[b, s, heads, d]``.
     """
     cos, sin = rotary if rotary is not None else (None, None)
-    return _BlockedAttention.apply(qkv, cos, sin, visible, num_heads)
+    return _BlockedAttention.apply(qkv, cos, sin, visible, num_heads, causal)

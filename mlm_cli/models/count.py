@@ -2,40 +2,113 @@
 
 from __future__ import annotations
 
-from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import attended_keys, ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from collections import Counter
+from dataclasses import dataclass, field
 
-__all__ = ["FLOPS_FORMULA", "count_parameters", "flops_per_token", "hub_layout", "parameter_parts"]
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import (
+    attended_keys,
+    ffn_hidden_size,
+    head_dim,
+    is_gated,
+    num_query_groups,
+    padded_vocab_size,
+)
 
 FLOPS_FORMULA = "Narayanan et al. 2021, eq. 3, without recomputation"
+MASKED_SHARE = 0.15  # of BERT's tokens go through the output layer
 
 
-def _layer_parts(model: ModelSection) -> dict[str, int]:
-    """Parameters of one transformer layer by part."""
+@dataclass(frozen=True)
+class LayerCount:
+    """What one entry of a family's layer list holds.
+
+    Attributes:
+        name: as in its ``LayerSpec``.
+        sliced: parameters that are cut over the tensor ranks, by part (embedding, attention, mlp, norm, head).
+        whole: parameters that every tensor rank holds in full, by part.
+        cost: share of the work, to balance stages: matrix parameters; a lookup and a norm cost nothing.
+        tied: cut parameters of an earlier entry that this one uses too; a copy where that is on another stage.
+    """
+
+    name: str
+    sliced: Counter[str] = field(default_factory=Counter)
+    whole: Counter[str] = field(default_factory=Counter)
+    cost: int = 0
+    tied: int = 0
+
+    def held(self, tensor: int) -> int:
+        """Parameters of one of ``tensor`` ranks, without tied ones."""
+        return self.sliced.total() // tensor + self.whole.total()
+
+
+def layer_counts(model: ModelSection) -> list[LayerCount]:
+    """One entry for each of the family's layer list, in its order."""
+    if model.family == "bert":
+        return _bert_counts(model)
+    return _gpt_counts(model)
+
+
+def norm_parameters(model: ModelSection) -> int:
+    """Of one norm: RMS norm has no bias."""
+    return 2 * model.hidden_size if model.norm == "layernorm" else model.hidden_size
+
+
+def _block_count(model: ModelSection, name: str) -> LayerCount:
+    """One transformer layer; biases of row-sliced products are held in full."""
     h, f, bias = model.hidden_size, ffn_hidden_size(model), int(model.bias)
     query = model.num_attention_heads * head_dim(model)
     qkv = query + 2 * num_query_groups(model) * head_dim(model)
-    up = 2 * f if model.activation == "swiglu" else f
-    norm = 2 * h if model.norm == "layernorm" else h
-    return {
-        "norm": 2 * norm,
-        "attention": (h + bias) * qkv + (query + bias) * h,
-        "mlp": (h + bias) * up + (f + bias) * h,
-    }
+    up = 2 * f if is_gated(model) else f
+    sliced = Counter(attention=(h + bias) * qkv + query * h, mlp=(h + bias) * up + f * h)
+    whole = Counter(attention=bias * h, mlp=bias * h, norm=2 * norm_parameters(model))
+    return LayerCount(name, sliced, whole, cost=sliced.total())
+
+
+def _gpt_counts(model: ModelSection) -> list[LayerCount]:
+    vocabulary = padded_vocab_size(model) * model.hidden_size
+    positions = model.seq_length * model.hidden_size if model.position == "learned" else 0
+    tied = model.tie_embeddings
+    head = LayerCount("head", Counter(head=0 if tied else vocabulary), cost=vocabulary, tied=vocabulary if tied else 0)
+    return [
+        LayerCount("embedding", Counter(embedding=vocabulary), Counter(embedding=positions)),
+        *(_block_count(model, f"layers.{i}") for i in range(model.num_layers)),
+        LayerCount("final_norm", whole=Counter(norm=norm_parameters(model))),
+        head,
+    ]
+
+
+def _bert_counts(model: ModelSection) -> list[LayerCount]:
+    """The head: transform and bias of the masked words' layer; pooler and two scores where there is a binary head."""
+    h, padded, norm = model.hidden_size, padded_vocab_size(model), norm_parameters(model)
+    post = model.norm_order == "post"
+    positions = model.seq_length * h if model.position == "learned" else 0
+    embedding = Counter(embedding=positions + model.num_token_types * h, norm=norm if post else 0)
+    tied = model.tie_embeddings
+    vocabulary = padded * h
+    binary = h * h + h + 2 * h + 2 if model.binary_head != "none" else 0
+    head = LayerCount(
+        "head",
+        Counter(head=padded + (0 if tied else vocabulary)),
+        Counter(head=h * h + h + norm + binary),
+        cost=int(MASKED_SHARE * (vocabulary + h * h)),
+        tied=vocabulary if tied else 0,
+    )
+    return [
+        LayerCount("embedding", Counter(embedding=vocabulary), embedding),
+        *(_block_count(model, f"layers.{i}") for i in range(model.num_layers)),
+        *([] if post else [LayerCount("final_norm", whole=Counter(norm=norm))]),
+        head,
+    ]
 
 
 def parameter_parts(model: ModelSection) -> dict[str, int]:
     """Parameters by part: embedding, attention, mlp, norm, head. The vocabulary counts with its padding."""
-    layer = _layer_parts(model)
-    vocabulary = padded_vocab_size(model) * model.hidden_size
-    positions = model.seq_length * model.hidden_size if model.position == "learned" else 0
-    return {
-        "embedding": vocabulary + positions,
-        "attention": model.num_layers * layer["attention"],
-        "mlp": model.num_layers * layer["mlp"],
-        "norm": model.num_layers * layer["norm"] + layer["norm"] // 2,
-        "head": 0 if model.tie_embeddings else vocabulary,
-    }
+    parts = Counter({"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0})
+    for layer in layer_counts(model):
+        parts.update(layer.sliced)
+        parts.update(layer.whole)
+    return dict(parts)
 
 
 def count_parameters(model: ModelSection) -> int:
@@ -49,11 +122,15 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", eq. 3,
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
     grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half;
-    where it is sparse, by the keys of its pattern.
+    where it is sparse, by the keys of its pattern. BERT's output layer counts for the masked tokens only, since only
+    these go through it.
     """
     h, f, s = model.hidden_size, ffn_hidden_size(model), seq_length or model.seq_length
     query = model.num_attention_heads * head_dim(model)
     weights = h * (query + 2 * num_query_groups(model) * head_dim(model)) + query * h
-    weights += h * f * (3 if model.activation == "swiglu" else 2)
+    weights += h * f * (3 if is_gated(model) else 2)
     attention = 2 * attended_keys(model, s) * query  # scores and their product with the values
-    return 6.0 * (model.num_layers * (weights + attention) + padded_vocab_size(model) * h)
+    head: float = padded_vocab_size(model) * h
+    if model.family == "bert":
+        head = MASKED_SHARE * (head + h * h)
+    return 6.0 * (model.num_layers * (weights + attention) + head)

@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import is_sparse, padded_vocab_size
-from mlm_cli.models.block import Block, Masks, Norm
+from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
+from mlm_cli.models.embedding import Embedding
 from mlm_cli.models.info import SequenceInfo, build_info
-from mlm_cli.models.rotary import RotaryTable
+from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.spec import LayerSpec
-from mlm_cli.models.stages import balance, layer_costs
+from mlm_cli.models.stages import layer_costs
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.parallel.layers import VocabParallelEmbedding, new_parameter
+from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
-from mlm_cli.parallel.mappings import copy_to_group
-from mlm_cli.parallel.random import initialize
-from mlm_cli.parallel.sequence import gather_tokens, own_tokens
 from mlm_cli.parallel.shard import Shard
-
-if TYPE_CHECKING:
-    from mlm_cli.parallel.random import RandomStreams
-
-
-class Embedding(nn.Module):
-    """Word embedding, plus learned positions where the model has them."""
-
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
-        assert model.vocab_size is not None
-        options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
-        self.hidden_dropout = model.hidden_dropout
-        self.masks: Masks = nullcontext
-        sizes = (model.vocab_size, padded_vocab_size(model), model.hidden_size)
-        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, sequence=parallel.sequence, **options)
-        self.position = Position(model, parallel, dtype) if model.position == "learned" else None
-
-    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
-        """``tokens [b, s]`` -> ``[b, s, h]``."""
-        x = self.word(tokens)
-        if self.position is not None:
-            x = x + self.position(info.positions)
-        with self.masks():
-            return F.dropout(x, self.hidden_dropout) if self.training and self.hidden_dropout else x
-
-
-class Position(nn.Module):
-    """Learned positions, equal on all tensor ranks."""
-
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sequence = parallel.sequence
-        shape = (model.seq_length, model.hidden_size)
-        self.weight = new_parameter(*shape, init=model.init_std, dtype=dtype, device=parallel.device)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(own_tokens(positions, self.sequence, -1), copy_to_group(self.weight, self.sequence))
-
-
-class TiedWords(nn.Module):
-    """A stage's copy of the word embedding, where the output layer that shares it is on another stage."""
-
-    masks: Masks
-
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
-        sizes = (model.vocab_size or 0, padded_vocab_size(model), model.hidden_size)
-        options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
-        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, **options)
 
 
 class Head(nn.Module):
@@ -110,66 +54,18 @@ def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch
     ]
 
 
-class GPT(nn.Module):
-    """A causal language model, or this rank's slice of one, or a stage of a pipeline.
+class GPT(Model):
+    """A causal language model. See ``Model``."""
 
-    Args:
-        part: numbers of the layers of ``gpt_layer_specs`` that are built here; unset: all.
-
-    Attributes:
-        config: the model section it was built from.
-        parallel: the groups it is cut over.
-        has_embedding, has_head: whether this part begins, or ends, the model.
-        recompute: rebuild each layer's activations in the backward pass instead of keeping them.
-        streams: dropout streams; set by training when there is dropout.
-    """
+    embedding: Embedding
+    layers: nn.ModuleList
+    final_norm: Norm
+    head: Head
 
     def __init__(
         self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, part: range | None = None
     ) -> None:
-        super().__init__()
-        self.config, self.parallel, self.dtype = model, parallel, dtype
-        self.recompute = False
-        self.streams: RandomStreams | None = None
-        specs = gpt_layer_specs(model, parallel, dtype)
-        mine = specs if part is None else [specs[number] for number in part]
-        built: dict[str, Any] = {spec.name: spec.build() for spec in mine}
-        self.has_embedding, self.has_head = "embedding" in built, "head" in built
-        self.embedding: Embedding = built.get("embedding")
-        if any(spec.tied for spec in mine) and not self.has_embedding:
-            self.embedding = TiedWords(model, parallel, dtype)  # type: ignore[assignment]
-        # Layers keep their numbers, so that parameters have the same names whatever part of the model this is.
-        self.layers = nn.ModuleList()
-        for name, layer in built.items():
-            if name.startswith("layers."):
-                self.layers.add_module(name.removeprefix("layers."), layer)
-        self.final_norm: Norm = built.get("final_norm")
-        self.head: Head = built.get("head")
-        self._rotary = RotaryTable.of(model)
-
-    @property
-    def vocab_size(self) -> int:
-        assert self.config.vocab_size is not None
-        return self.config.vocab_size
-
-    @property
-    def output_weight(self) -> Tensor:
-        """Rows of the output layer of this rank, ``[v_local, h]``; the word embedding's where they are tied."""
-        return self.embedding.word.weight if self.head.weight is None else self.head.weight
-
-    def read_outside(self) -> list[Tensor]:
-        """Parameters that are used outside of their module's ``forward`` (ZeRO-3 must know)."""
-        return [self.output_weight]
-
-    def set_streams(self, streams: RandomStreams) -> None:
-        """Draw dropout inside sliced regions from ``streams``."""
-        self.streams = streams
-        # Where each rank holds other tokens, its masks between sliced layers are its own too.
-        masks = streams.sliced if self.parallel.sequence.size > 1 else nullcontext
-        if self.embedding is not None:
-            self.embedding.masks = masks
-        for layer in self.layers:
-            layer.attention.streams, layer.masks = streams, masks
+        super().__init__(model, parallel, dtype, gpt_layer_specs(model, parallel, dtype), part)
 
     def hidden(
         self,
@@ -203,8 +99,7 @@ class GPT(nn.Module):
         cache.length += tokens.shape[1]
         return self.final_norm(x)
 
-    def info(self, batch: dict[str, Tensor]) -> SequenceInfo:
-        """What every layer shares of a pass over ``batch``; any stage can work it out."""
+    def info(self, batch: Batch) -> SequenceInfo:
         return build_info(
             batch["tokens"],
             positions=batch.get("positions"),
@@ -213,24 +108,6 @@ class GPT(nn.Module):
             dtype=self.dtype,
             sparse=is_sparse(self.config),
         )
-
-    def run(self, x: Tensor, info: SequenceInfo) -> Tensor:
-        """The layers of this part, in order. ``x``: tokens ``[b, s]`` where it begins the model, else ``[b, s, h]``."""
-        if self.has_embedding:
-            x = self.embedding(x, info)
-        for layer in self.layers:
-            x = self._recomputed(layer, x, info) if self.recompute and torch.is_grad_enabled() else layer(x, info)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        return gather_tokens(x, self.parallel.sequence) if self.has_head else x
-
-    def _recomputed(self, layer: nn.Module, x: Tensor, info: SequenceInfo) -> Tensor:
-        """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""
-        dropout = self.training and max(self.config.hidden_dropout, self.config.attention_dropout) > 0
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
-        if dropout and self.streams is not None:
-            options["context_fn"] = self.streams.recompute_contexts
-        return checkpoint(layer, x, info, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [..., h]`` -> this rank's columns ``[..., v_local]``, padding included."""
@@ -251,16 +128,13 @@ class GPT(nn.Module):
         """``[..., v_local]`` -> ``[..., vocab_size]`` on every rank: gathered over the tensor group, padding cut."""
         return torch.cat(self.parallel.tensor.all_gather(logits), -1)[..., : self.vocab_size]
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy (float32 scalar with gradient) and the number of tokens it is over.
+    def loss_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the next token, and the number of tokens it is over.
 
         Args:
-            batch: ``tokens, labels [b, s]``; optional ``loss_mask [b, s]``, ``positions``, ``segments``.
+            hidden: ``[b, s, h]``.
+            batch: ``labels [b, s]``; optional ``loss_mask [b, s]``.
         """
-        return self.loss_of(self.run(batch["tokens"], self.info(batch)), batch)
-
-    def loss_of(self, hidden: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``loss`` from the activations after the final norm, ``[b, s, h]``."""
         labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
@@ -295,28 +169,3 @@ class GPT(nn.Module):
         shape = (batch_size, first.num_groups, max_length, first.dim)
         layers = [LayerCache(shape, self.dtype, self.parallel.device) for _ in self.layers]
         return KVCache(layers, max_length, start)
-
-
-def build_gpt(
-    model: ModelSection,
-    parallel: ParallelContext,
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 1234,
-    init: bool = True,
-) -> GPT:
-    """Build this rank's slice of a GPT, and its stage where ``parallel.pipeline`` has several.
-
-    Args:
-        model: architecture, ``vocab_size`` set.
-        dtype: of weights and activations.
-        seed: initial weights are a function of it and the parameter's name, whatever the layout.
-        init: False leaves weights unfilled (they will be loaded).
-    """
-    part = None
-    if parallel.pipeline.size > 1:
-        part = balance(layer_costs(model), parallel.pipeline.size)[parallel.pipeline.rank]
-    gpt = GPT(model, parallel, dtype, part)
-    if init:
-        initialize(gpt, parallel, seed)
-    return gpt

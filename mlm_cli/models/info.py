@@ -20,11 +20,13 @@ class SequenceInfo:
     Attributes:
         positions: ``[b, s]`` or ``[s]``, the position of each token in its document.
         rotary: cosines and sines of these positions, ``[..., s, 1, d]`` each; None for learned positions.
-        visible: boolean ``[b or 1, 1, s, keys]``, True where a token may look; None means causal from the first key on.
+        visible: boolean ``[b or 1, 1, s or 1, keys]``, True where a token may look; None means causal from the first
+            key on, or every key where not ``causal``.
         offset: keys in the cache before the first of these tokens.
         causal: no token sees a later one (``visible`` has that in it already).
         segments: ``[b, s]`` document numbers that ``visible`` does not hold: sparse attention masks them itself.
         start: ``[b]`` padding at the left of each row of the cache.
+        token_types: ``[b, s]``, which sentence a token is of, for models that have an embedding of it.
     """
 
     positions: Tensor
@@ -34,6 +36,7 @@ class SequenceInfo:
     causal: bool = True
     segments: Tensor | None = None
     start: Tensor | None = None
+    token_types: Tensor | None = None
 
 
 def build_info(
@@ -89,3 +92,27 @@ def cache_mask(length: int, offset: int, start: Tensor | None, device: torch.dev
     if start is None:
         return visible
     return (visible & (key >= start[:, None, None, None])) | (key == query)
+
+
+def encoder_info(
+    tokens: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    token_types: Tensor | None = None,
+    table: RotaryTable | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SequenceInfo:
+    """Shared facts of a pass over ``tokens [b, s]`` in which every token sees every other one.
+
+    Args:
+        lengths: ``[b]`` real tokens of each row, padded on the right; padding is seen by nobody. None: all full.
+        token_types: ``[b, s]``.
+    """
+    length, device = tokens.shape[1], tokens.device
+    positions = torch.arange(length, device=device)
+    visible: Tensor | None = None
+    # Asking whether any row is short costs nothing on the CPU, and full rows take the faster path; a GPU would wait.
+    if lengths is not None and not (lengths.is_cpu and int(lengths.min()) == length):
+        visible = (positions < lengths[:, None])[:, None, None]
+    rotary = table.at(positions, dtype) if table is not None else None
+    return SequenceInfo(positions, rotary, visible, causal=False, token_types=token_types)

@@ -59,7 +59,7 @@ class RotaryTable:
         return cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
 
     def _dynamic(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each row of positions by frequencies of its own length, as transformers does for the rows of a batch alike."""
+        """Each row of positions by frequencies of its own length; transformers takes the longest of a batch for all."""
         length = positions.amax(-1, keepdim=True).unsqueeze(-1).float() + 1
         angles = positions.unsqueeze(-1).float() * _dynamic_frequencies(self.dim, self.base, self.scaling, length)
         cos, sin = self._turns(angles, dtype)

@@ -1,4 +1,4 @@
-"""Sparse self-attention of a model: which path computes a pass, whole or cached, and the pattern as a mask for the others."""
+"""Sparse self-attention of a model: which path computes a pass, and the pattern as a mask for the other paths."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attend_sparse(
     """
     if cached and (query.shape[2] == 1 or info.start is not None):
         return None
-    visible = None if cached else info.visible  # with a cache and no padding it says `causal`, which goes without saying
+    visible = None if cached else info.visible  # with a cache and no padding it says no more than `causal`
     options = {"causal": info.causal, "visible": visible, "segments": info.segments}
     if not cached and ops.serves_flex(query, visible):
         return ops.flex_sparse_attention(query, key, value, pattern, **options)

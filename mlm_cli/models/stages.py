@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import padded_vocab_size
-from mlm_cli.models.count import parameter_parts
+from mlm_cli.models.count import layer_counts
 
 
 def layer_costs(model: ModelSection) -> list[int]:
-    """Share of the work of each entry of ``gpt_layer_specs``: matrix parameters. A lookup and a norm cost nothing."""
-    parts = parameter_parts(model)
-    layer = (parts["attention"] + parts["mlp"]) // model.num_layers
-    return [0, *[layer] * model.num_layers, 0, padded_vocab_size(model) * model.hidden_size]
+    """Share of the work of each entry of a family's layer list."""
+    return [layer.cost for layer in layer_counts(model)]
 
 
 def balance(costs: Sequence[int], num_stages: int) -> list[range]:

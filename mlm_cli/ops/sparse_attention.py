@@ -159,7 +159,7 @@ class _Part:
         return x[:, :, chunk.start : chunk.stop].flatten(1, 2)
 
     def _probs(self, chunk: Chunk, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores before and probabilities after the softmax, ``[b, n, rows, keys]`` each, joined by autograd if it is on."""
+        """Scores before and probabilities after the softmax, ``[b, n, rows, keys]``; joined by autograd if it is on."""
         rows, scale = chunk.stop - chunk.start, self.setting.scale
         scores = torch.bmm(query, key.transpose(1, 2)).view(-1, self.heads, rows, key.shape[1])
         scores.requires_grad_(torch.is_grad_enabled())

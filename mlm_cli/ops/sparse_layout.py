@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,7 +54,7 @@ def layout_of(
     all_keys = torch.arange(num_keys)
     seen_before: dict[bytes, Tensor] = {}
     chunks = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         blocks = mask[first // pattern.block : -(-last // pattern.block)].any(0)
         keys = all_keys[torch.from_numpy(np.repeat(blocks, pattern.block)[:num_keys])]
         seen = pattern.visible(torch.arange(first, last)[:, None], keys[None, :], causal=causal)

@@ -89,7 +89,7 @@ class SparsePattern:
         return seen & (key <= query) if causal else seen
 
     def block_mask(self, num_queries: int, num_keys: int, *, causal: bool) -> np.ndarray:
-        """Boolean ``[num_queries, num_keys]`` over blocks of positions from 0: True where any pair of tokens is seen."""
+        """Boolean ``[num_queries, num_keys]`` over blocks from position 0 on: True where any pair of tokens is seen."""
         first_query = np.arange(num_queries)[:, None] * self.block
         first_key = np.arange(num_keys)[None, :] * self.block
         last = self.block - 1
@@ -112,7 +112,7 @@ class SparsePattern:
 
 @lru_cache(maxsize=16)
 def random_blocks(pattern: SparsePattern, num_blocks: int, causal: bool) -> np.ndarray:
-    """Boolean ``[num_blocks, num_blocks]``: the random blocks of ``bigbird``; row I is the same for any number of blocks.
+    """Boolean ``[num_blocks, num_blocks]``: random blocks of ``bigbird``; row I is the same for any number of blocks.
 
     Each pair of blocks has a pseudo-random rank (splitmix64); a row takes its lowest among the candidates.
     """

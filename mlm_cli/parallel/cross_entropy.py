@@ -64,3 +64,15 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: Group, v
         vocab_size: without padding; columns beyond it never count.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, group, vocab_size)
+
+
+def vocab_parallel_argmax(logits: Tensor, group: Group, vocab_size: int) -> Tensor:
+    """The likeliest token of each row of ``logits [t, v_local]``, int64 ``[t]``, equal on all ranks; no gradient."""
+    start, num_valid = valid_columns(logits.shape[1], group, vocab_size)
+    if num_valid:
+        top, place = logits.detach()[:, :num_valid].float().max(1)
+    else:  # a rank of padding alone
+        top, place = logits.new_full((len(logits),), -torch.inf, dtype=torch.float32), logits.new_zeros(1, dtype=int)
+    found = torch.stack([top.double(), (place + start).expand(len(logits)).double()])  # token numbers are exact in it
+    parts = torch.stack(group.all_gather(found))  # [ranks, 2, t]
+    return parts[:, 1].gather(0, parts[:, 0].argmax(0, keepdim=True))[0].long()

@@ -34,8 +34,10 @@ def block_tokens(num_tokens: int, v_local: int, element_size: int) -> int:
 class _Block:
     """The logits ``[t, v_local]`` of a block of tokens, by columns."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, group: Group, vocab_size: int) -> None:
-        self.hidden, self.weight, self.labels, self.group = hidden, weight, labels, group
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, group: Group, vocab_size: int
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.labels, self.group = hidden, weight, bias, labels, group
         self.start, self.num_valid = valid_columns(weight.shape[0], group, vocab_size)
 
     def columns(self) -> Iterator[tuple[slice, int, int]]:
@@ -50,31 +52,40 @@ class _Block:
         """Compute the logits; returns log-sum-exp and label's logit of each token over the whole vocabulary."""
         found = []
         for cut, first, valid in self.columns():
-            torch.mm(self.hidden, self.weight[cut].t(), out=logits[:, cut])
+            if self.bias is None:
+                torch.mm(self.hidden, self.weight[cut].t(), out=logits[:, cut])
+            else:
+                torch.addmm(self.bias[cut], self.hidden, self.weight[cut].t(), out=logits[:, cut])
             found.append(ops.cross_entropy_stats(logits[:, cut], self.labels, first, valid))
         return combine_stats(found, self.group)
 
     def gradients(
-        self, logits: Tensor, lse: Tensor, scale: Tensor, grad_hidden: Tensor, grad_weight: Tensor, add: bool
-    ) -> None:
-        """Turn logits into their gradients; write that of the hidden states, write or add to that of the weight."""
+        self, logits: Tensor, lse: Tensor, scale: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
+        grad_bias: Tensor | None, add: bool,
+    ) -> None:  # fmt: skip
+        """Turn logits into their gradients; write that of the hidden states, write or add to that of the weight, add to
+        that of the bias."""
         for cut, first, valid in self.columns():
             ops.cross_entropy_grad_(logits[:, cut], self.labels, lse, scale, first, valid)
             if add:
                 grad_weight[cut] += weight_gradient(logits[:, cut], self.hidden)
             else:
                 weight_gradient(logits[:, cut], self.hidden, out=grad_weight[cut])
+            if grad_bias is not None:
+                grad_bias[cut] += logits[:, cut].sum(0, dtype=torch.float32)
         torch.mm(logits, self.weight, out=grad_hidden)
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
+def token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, group: Group, vocab_size: int, bias: Tensor | None = None
+) -> Tensor:
     """Loss of each token, float32 ``[t]``; no gradient. Arguments as ``vocab_parallel_linear_cross_entropy``."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size())
     with torch.no_grad():
         buffer = weight.new_empty(step, weight.shape[0])
         for rows in _rows(hidden.shape[0], step):
-            block = _Block(hidden[rows], weight, labels[rows], group, vocab_size)
+            block = _Block(hidden[rows], weight, bias, labels[rows], group, vocab_size)
             lse, target = block.fill(buffer[: block.hidden.shape[0]])
             torch.sub(lse, target, out=losses[rows])
     return losses
@@ -88,35 +99,37 @@ def _rows(num_tokens: int, step: int) -> Iterator[slice]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, group: Group, vocab_size: int
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: Tensor, group: Group,
+        vocab_size: int,
+    ) -> Tensor:  # fmt: skip
         step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size())
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         # Sums over several blocks are kept in float32: bfloat16 would lose the small ones.
         several = step < hidden.shape[0]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if several else torch.empty_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         buffer = weight.new_empty(step, weight.shape[0])
         for rows in _rows(hidden.shape[0], step):
-            block, logits = (
-                _Block(hidden[rows], weight, labels[rows], group, vocab_size),
-                buffer[: rows.stop - rows.start],
-            )
+            block = _Block(hidden[rows], weight, bias, labels[rows], group, vocab_size)
+            logits = buffer[: rows.stop - rows.start]
             lse, target = block.fill(logits)
             loss += torch.dot(lse - target, scale[rows])
-            block.gradients(logits, lse, scale[rows], grad_hidden[rows], grad_weight, add=several)
+            block.gradients(logits, lse, scale[rows], grad_hidden[rows], grad_weight, grad_bias, several)
         group.all_reduce_(grad_hidden)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        grad_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # A gradient of exactly 1 (usual: the mean is in `scale`) leaves nothing to do; on a GPU asking costs more.
         if grad.device.type != "cpu" or grad.item() != 1.0:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
             grad_weight = grad_weight * grad.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+            grad_bias = None if grad_bias is None else grad_bias * grad.to(grad_bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -127,6 +140,7 @@ def vocab_parallel_linear_cross_entropy(
     group: Group,
     vocab_size: int,
     *,
+    bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
     """``scale * sum over tokens of loss_mask * cross entropy``, a float32 scalar.
@@ -137,11 +151,12 @@ def vocab_parallel_linear_cross_entropy(
         labels: ``[t]``, in ``[0, vocab_size)``.
         loss_mask: ``[t]`` weights of the tokens; None counts all.
         vocab_size: without padding; padded rows get no probability and a zero gradient.
+        bias: ``[v_local]``, added to the logits.
         scale: 1 / number of tokens makes it a mean.
     """
     num_tokens = hidden.shape[0]
     scales = torch.ones(num_tokens, device=hidden.device) if loss_mask is None else loss_mask.float()
     scales = scales * scale
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        return torch.dot(token_losses(hidden, weight, labels, group, vocab_size), scales)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, scales, group, vocab_size)
+        return torch.dot(token_losses(hidden, weight, labels, group, vocab_size, bias), scales)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, scales, group, vocab_size)

@@ -134,10 +134,10 @@ def build_engine(
 
         return PlainEngine(model, parallel, settings, dtype=dtype, accumulation=accumulation)
     if kind == "pipeline":
-        from mlm_cli.models.gpt import GPT
+        from mlm_cli.models.model import Model
         from mlm_cli.training.engine_pipeline import PipelineEngine
 
-        assert isinstance(model, GPT)
+        assert isinstance(model, Model)
         return PipelineEngine(
             model,
             parallel,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlm_cli.checkpoint.state import Fragment
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
@@ -34,7 +34,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def __init__(
         self,
-        model: GPT,
+        model: Model,
         parallel: ParallelContext,
         settings: OptimizerSettings,
         *,
@@ -106,33 +106,30 @@ def _later(engine: Any, **kwargs: Any) -> None:
 class _Stages:
     """The whole model for evaluation: a batch goes through all stages, one after the other."""
 
-    def __init__(self, stage: GPT, pipe: Any) -> None:
+    def __init__(self, stage: Model, pipe: Any) -> None:
         self._stage, self._pipe = stage, pipe
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As ``GPT.loss``, equal on all stages; no gradient."""
+    def scores(self, batch: Batch) -> Tensor:
+        """As ``Model.scores``, equal on all stages."""
         stage, pipeline = self._stage, self._stage.parallel.pipeline
         x = batch["tokens"]
         if pipeline.rank > 0:
-            tokens = x.shape[1] // stage.parallel.sequence.size
-            x = torch.empty(x.shape[0], tokens, stage.config.hidden_size, dtype=stage.dtype, device=x.device)
+            x = torch.empty(stage.boundary(batch), dtype=stage.dtype, device=x.device)
             dist.recv(x, pipeline.ranks[pipeline.rank - 1], group=pipeline.handle)
         x = stage.run(x, stage.info(batch))
-        found = torch.zeros(2, dtype=torch.float64, device=x.device)
+        found = torch.zeros(len(stage.score_names), 2, dtype=torch.float64, device=x.device)
         if stage.has_head:
-            loss, count = stage.loss_of(x, batch)
-            found = torch.stack([loss.double(), count.double()])
+            found = stage.scores_of(x, batch)
         else:
             dist.send(x.contiguous(), pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
-        pipeline.broadcast_(found, source=pipeline.size - 1)
-        return found[0].float(), found[1].float()
+        return pipeline.broadcast_(found, source=pipeline.size - 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 
 
-def make_pipe_module(stage: GPT, parallel: ParallelContext) -> Any:
+def make_pipe_module(stage: Model, parallel: ParallelContext) -> Any:
     """DeepSpeed's ``PipelineModule`` around a stage that is built already."""
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -187,11 +184,14 @@ def make_pipe_module(stage: GPT, parallel: ParallelContext) -> Any:
 class _Last:
     """What the objective sees on the last stage: a model whose activations are there already."""
 
-    def __init__(self, stage: GPT, hidden: Tensor) -> None:
+    def __init__(self, stage: Model, hidden: Tensor) -> None:
         self._stage, self._hidden = stage, hidden
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._stage.loss_of(self._hidden, batch)
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        return self._stage.count_tokens(batch)
 
 
 def _tied_group(parallel: ParallelContext) -> tuple[Any, list[int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mlm_cli import heartbeat
-from mlm_cli.data.loader import collate
 from mlm_cli.parallel.context import ParallelContext
 
 
@@ -18,12 +17,16 @@ class Source(Protocol):
 
     def get(self, number: int) -> Mapping[str, np.ndarray | None]: ...
 
+    def collate(
+        self, samples: Sequence[Mapping[str, np.ndarray | None]], numbers: Sequence[int]
+    ) -> dict[str, np.ndarray]: ...
+
 
 class Validator:
-    """``validator(model)`` -> ``{"valid_loss": nats per token}`` over the first ``num_samples`` samples of a source.
+    """``validator(model)`` -> ``{"valid_loss": nats per token, ...}`` over the first ``num_samples`` of a source.
 
-    The samples are dealt to the data ranks by micro-batch; losses are weighted by tokens and summed over data ranks.
-    Models give ``loss(batch) -> (mean, number of tokens)``.
+    The samples are dealt to the data ranks by micro-batch; sums and counts are added up over data ranks.
+    Models give ``scores(batch) -> [names, 2]``, a sum and a count for each of their ``score_names``.
 
     Args:
         interrupt: called by all ranks before every round; may raise to leave the validation.
@@ -52,7 +55,8 @@ class Validator:
             model.train(was_training)
 
     def _measure(self, model: Any) -> dict[str, float]:
-        total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # summed loss, tokens
+        names = model.score_names
+        total = torch.zeros(len(names), 2, dtype=torch.float64, device=self.parallel.device)
         stride = self.micro_batch_size * self.parallel.data.size
         for start in range(0, self.num_samples, stride):
             heartbeat.beat()
@@ -61,9 +65,8 @@ class Validator:
             if first >= self.num_samples:
                 continue
             numbers = list(range(first, min(first + self.micro_batch_size, self.num_samples)))
-            arrays = collate([self.source.get(number) for number in numbers], numbers)
+            arrays = self.source.collate([self.source.get(number) for number in numbers], numbers)
             batch = {name: torch.from_numpy(array).to(self.parallel.device) for name, array in arrays.items()}
-            mean, count = model.loss(batch)
-            total += torch.stack([mean.double() * count, torch.as_tensor(count).double()])
-        summed, tokens = self.parallel.data.all_reduce_(total).tolist()
-        return {"valid_loss": summed / max(tokens, 1.0)}
+            total += model.scores(batch)
+        sums = self.parallel.data.all_reduce_(total).tolist()
+        return {f"valid_{name}": part / max(count, 1.0) for name, (part, count) in zip(names, sums, strict=True)}

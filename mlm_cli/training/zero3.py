@@ -46,6 +46,9 @@ class Gathering:
     def loss(self, batch: dict[str, Tensor]) -> Any:
         return self._runner(lambda model, _: model.loss(batch), {})
 
+    def scores(self, batch: dict[str, Tensor]) -> Any:
+        return self._runner(lambda model, _: model.scores(batch), {})
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 

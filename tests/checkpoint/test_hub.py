@@ -16,7 +16,8 @@ from mlm_cli.checkpoint.hub import Head, WeightFiles, load_model_folder, resolve
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 transformers = pytest.importorskip("transformers")

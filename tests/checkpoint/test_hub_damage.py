@@ -15,7 +15,7 @@ from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, save_mod
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError
-from mlm_cli.models.gpt import build_gpt
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 ONE = ParallelContext.single()

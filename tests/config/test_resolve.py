@@ -126,7 +126,7 @@ def test_every_mistake_at_once_with_file_line_and_suggestion(folder: Path) -> No
     text = str(caught.value)
     for part in (
         "my.yaml:2: `model.hiden_size` is not a recipe key\n    -> did you mean `model.hidden_size`?",
-        "my.yaml:4: `model.position` must be one of 'learned' or 'rotary'; it is 'rotery'",
+        "my.yaml:4: `model.position` must be one of 'learned', 'rotary' or 'relative'; it is 'rotery'",
         "    -> did you mean `rotary`?",
         "my.yaml:6: `train.steps` must be a whole number; it is 'many'",
         "my.yaml:8: `schedule.warmup_steps` must be greater than or equal to 0; it is -1",

@@ -16,9 +16,9 @@ import torch
 from stand_in import MemoryTokens
 
 from mlm_cli.data.indexed import IndexedDataset, IndexedWriter
-from mlm_cli.data.loader import batches, restarted_positions
+from mlm_cli.data.loader import batches
 from mlm_cli.data.loader_workers import WorkerPool
-from mlm_cli.data.packed import GPTSamples, SampleSource
+from mlm_cli.data.packed import GPTSamples, SampleSource, restarted_positions
 from mlm_cli.errors import DataError, RankLostError
 
 

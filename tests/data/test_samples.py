@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from stand_in import MemoryTokens
 
-from mlm_cli.config.schema import DataSection, WeightedPrefix
+from mlm_cli.config.schema import DataSection, ModelSection, WeightedPrefix
 from mlm_cli.data.indexed import IndexedDataset, IndexedWriter
 from mlm_cli.data.order import epoch_shift
 from mlm_cli.data.samples import GPTSamples, SampleSource, open_training_data
+from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import DataError, UsageError
 
 
@@ -172,12 +173,14 @@ def test_blended_source_reads_each_part_in_its_own_order() -> None:
 def test_open_with_a_split(tmp_path: Path) -> None:
     documents = make_documents(1000)
     prefix = write(tmp_path / "corpus_text_document", documents)
-    sources = open_training_data(DataSection(path=str(tmp_path / "corpus"), split="80,15,5"), seq_length=16, seed=1)
+    sources = open_training_data(
+        DataSection(path=str(tmp_path / "corpus"), split="80,15,5"), ModelSection(seq_length=16), seed=1
+    )
     cut = [len([t for d in documents[a:b] for t in d]) for a, b in ((0, 800), (800, 950), (950, 1000))]
     assert [source.num_tokens for source in sources.values() if source] == cut
-    again = open_training_data(DataSection(path=prefix, split="80,15,5"), seq_length=16, seed=1)
+    again = open_training_data(DataSection(path=prefix, split="80,15,5"), ModelSection(seq_length=16), seed=1)
     assert [s.fingerprint for s in sources.values() if s] == [s.fingerprint for s in again.values() if s]
-    other = open_training_data(DataSection(path=prefix, split="80,15,5"), seq_length=16, seed=2)
+    other = open_training_data(DataSection(path=prefix, split="80,15,5"), ModelSection(seq_length=16), seed=2)
     assert other["train"].fingerprint != again["train"].fingerprint  # type: ignore[union-attr]
 
 
@@ -186,7 +189,7 @@ def test_open_with_separate_files_and_blends(tmp_path: Path) -> None:
     data = DataSection(
         train=(WeightedPrefix(prefix=names[0], weight=3), WeightedPrefix(prefix=names[1], weight=1)), valid=names[2]
     )
-    sources = open_training_data(data, seq_length=16, seed=1)
+    sources = open_training_data(data, ModelSection(seq_length=16), seed=1)
     assert sources["train"].blend.shares[0] * 4 == 3 and sources["test"] is None  # type: ignore[union-attr]
     assert sources["valid"].num_tokens == IndexedDataset(names[2]).num_tokens  # type: ignore[union-attr]
 
@@ -195,7 +198,7 @@ def test_a_share_too_small_for_a_sample_is_left_out_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = write(tmp_path / "d", make_documents(60))
-    sources = open_training_data(DataSection(path=prefix), seq_length=64, seed=1)
+    sources = open_training_data(DataSection(path=prefix), ModelSection(seq_length=64), seed=1)
     assert sources["train"] is not None and sources["valid"] is None
     assert "no valid samples" in capsys.readouterr().err
 
@@ -203,27 +206,33 @@ def test_a_share_too_small_for_a_sample_is_left_out_with_a_warning(
 def test_refusals(tmp_path: Path) -> None:
     prefix = write(tmp_path / "d", make_documents(60))
     with pytest.raises(UsageError, match="no training data"):
-        open_training_data(DataSection(), seq_length=8, seed=1)
+        open_training_data(DataSection(), ModelSection(seq_length=8), seed=1)
     with pytest.raises(UsageError, match="both set"):
-        open_training_data(DataSection(path=prefix, train=prefix), seq_length=8, seed=1)
+        open_training_data(DataSection(path=prefix, train=prefix), ModelSection(seq_length=8), seed=1)
     with pytest.raises(DataError, match="no indexed data set"):
-        open_training_data(DataSection(path=str(tmp_path / "absent")), seq_length=8, seed=1)
+        open_training_data(DataSection(path=str(tmp_path / "absent")), ModelSection(seq_length=8), seed=1)
     with pytest.raises(DataError, match="one sample of seq_length 4,096 needs 4,097"):
-        open_training_data(DataSection(path=prefix), seq_length=4096, seed=1)
+        open_training_data(DataSection(path=prefix), ModelSection(seq_length=4096), seed=1)
     with pytest.raises(DataError, match="is not in the vocabulary of 100"):
-        open_training_data(DataSection(path=prefix), seq_length=8, seed=1, vocab_size=100)
+        open_training_data(DataSection(path=prefix), ModelSection(seq_length=8, vocab_size=100), seed=1)
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     from mlm_cli.data.sidecar import Sidecar
 
+    bytes_ = load_tokenizer("bytes")
     prefix = write(tmp_path / "d_text_document", make_documents(60))
     output = {"prefix": "d_text_document", "max_token_id": 70_000}
-    sidecar = Sidecar("ab" * 32, "gpt2", 70_001, None, True, 60, [output])
-    (tmp_path / "d.json").write_text(sidecar.text())
     data = DataSection(path=prefix)
+
+    def recorded(fingerprint: str) -> None:
+        sidecar = Sidecar(fingerprint, "gpt2", 70_001, None, True, 60, [output])
+        (tmp_path / "d.json").write_text(sidecar.text())
+
+    recorded("ab" * 32)
     with pytest.raises(DataError, match=r"another tokenizer \(gpt2, abababababab\)"):
-        open_training_data(data, seq_length=8, seed=1, tokenizer_fingerprint="cd" * 32)
+        open_training_data(data, ModelSection(seq_length=8), bytes_, seed=1)
+    recorded(bytes_.fingerprint)
     with pytest.raises(DataError, match="token id 70000 in"):
-        open_training_data(data, seq_length=8, seed=1, tokenizer_fingerprint="ab" * 32, vocab_size=60_000)
-    assert open_training_data(data, seq_length=8, seed=1, tokenizer_fingerprint="ab" * 32)["train"] is not None
+        open_training_data(data, ModelSection(seq_length=8, vocab_size=60_000), bytes_, seed=1)
+    assert open_training_data(data, ModelSection(seq_length=8), bytes_, seed=1)["train"] is not None

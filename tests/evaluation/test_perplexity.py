@@ -16,7 +16,7 @@ from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.evaluation.documents import Document, open_documents
 from mlm_cli.evaluation.perplexity import Tally, perplexity_metrics, relative_error_of_total, score_documents
-from mlm_cli.models.gpt import build_gpt
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 LENGTH = 64

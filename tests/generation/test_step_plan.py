@@ -15,7 +15,8 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.slots import Slots
 from mlm_cli.generation.step_plan import StepPlan, _weights
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError, UsageError
 from mlm_cli.jobs import finetune
 from mlm_cli.jobs.evaluate import run
-from mlm_cli.models.gpt import build_gpt
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 5

@@ -15,7 +15,7 @@ from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError, UsageError
 from mlm_cli.jobs.finetune import run
-from mlm_cli.models.gpt import build_gpt
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 GOOD, BAD = ("fine", "lovely", "great"), ("dull", "awful", "poor")

@@ -13,7 +13,7 @@ from mlm_cli.config.resolve import resolve_recipe
 from mlm_cli.errors import UsageError
 from mlm_cli.launch import memory
 from mlm_cli.launch.plan import as_text, make_plan, with_vocabulary
-from mlm_cli.models.count import count_parameters
+from mlm_cli.models.count import count_parameters, layer_counts
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_memory_of_weights_and_optimizer_is_exact_arithmetic() -> None:
 
 def test_slices_add_up() -> None:
     model = resolve_recipe("gpt/8.3b").model
-    replicated = memory.replicated_parameters(model)
+    replicated = sum(layer.whole.total() for layer in layer_counts(model))
     for tensor in (1, 2, 4, 8):
         assert tensor * (memory.parameters_per_rank(model, tensor) - replicated) + replicated == count_parameters(model)
 

@@ -9,7 +9,7 @@ import torch
 
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.models.count import count_parameters, flops_per_token, parameter_parts
-from mlm_cli.models.gpt import build_gpt
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 LLAMA: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu"}

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 
 SIZES: dict[str, Any] = {

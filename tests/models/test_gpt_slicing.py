@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.parallel.shard import gather_full, shard_of

@@ -1,4 +1,4 @@
-"""Models with sparse attention: the sparse path against the pattern as a dense mask; whole passes against cached ones."""
+"""Models with sparse attention: the sparse path against the pattern as a dense mask; whole against cached passes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mlm_cli.errors import UsageError
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.step_plan import StepPlan
 from mlm_cli.models.attention import SelfAttention
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import SequenceInfo
+from mlm_cli.models.registry import build_model
 from mlm_cli.ops.sparse_pattern import PATTERNS
 from mlm_cli.parallel.context import ParallelContext
 
@@ -35,7 +36,7 @@ def section(pattern: str, kernel: str = "auto", **changes: Any) -> ModelSection:
 
 
 def make(pattern: str, kernel: str = "auto", **changes: Any) -> GPT:
-    model = build_gpt(section(pattern, kernel, **changes), ONE, seed=5)
+    model = build_model(section(pattern, kernel, **changes), ONE, seed=5)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
         for param in model.parameters():

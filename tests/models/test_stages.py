@@ -8,7 +8,8 @@ import pytest
 
 from mlm_cli.config.resolve import resolve_recipe
 from mlm_cli.launch.memory import parameters_per_rank
-from mlm_cli.models.gpt import build_gpt, gpt_layer_specs
+from mlm_cli.models.gpt import gpt_layer_specs
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.models.stages import balance, layer_costs
 from mlm_cli.parallel.context import Group, ParallelContext
 

@@ -1,4 +1,4 @@
-"""Sparse attention against dense attention in float64 under the same mask, and the patterns against their definitions."""
+"""Sparse attention against dense attention in float64 under the same mask; the patterns against their definitions."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_block_mask_is_where_any_pair_is_seen(kind: str, causal: bool, windo
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_random_blocks(causal: bool) -> None:
-    """As many as asked for where there are, outside of window and global tokens, the same for any length, even in use."""
+    """As many as asked for where there are, outside of window and global tokens, the same for any length."""
     pattern = SparsePattern("bigbird", block=4, window=16, global_tokens=8, random=3, length=800, seed=5)
     table = random_blocks(pattern, 200, causal)
     assert np.array_equal(random_blocks(pattern, 77, causal), table[:77, :77])

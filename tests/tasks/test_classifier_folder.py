@@ -13,8 +13,8 @@ from mlm_cli.checkpoint.hub import save_model_folder
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError
-from mlm_cli.models.gpt import build_gpt
 from mlm_cli.models.heads import SequenceClassifier
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.classifier_folder import (
     ClassifierFacts,

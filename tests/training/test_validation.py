@@ -20,20 +20,26 @@ class Numbers:
     def get(self, number: int) -> dict[str, Any]:
         return {"tokens": np.full(9, number, dtype=np.int64), "segments": None}
 
+    def collate(self, samples: list[dict[str, Any]], numbers: list[int]) -> dict[str, np.ndarray]:
+        return {"tokens": np.stack([sample["tokens"] for sample in samples])[:, :-1]}
+
 
 class MeanOfTokens(nn.Module):
-    """A "model" whose loss is the mean token; it must be asked in evaluation mode."""
+    """A "model" that scores the mean token and the share of odd ones; it must be asked in evaluation mode."""
 
-    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    score_names = ("loss", "odd")
+
+    def scores(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         assert not self.training and not torch.is_grad_enabled()
         tokens = batch["tokens"].double()
-        return tokens.mean(), torch.tensor(float(tokens.numel()))
+        count = float(tokens.numel())
+        return torch.tensor([[tokens.sum(), count], [(tokens % 2).sum(), count]], dtype=torch.float64)
 
 
-def _validate(rank: int, size: int) -> list[float]:
+def _validate(rank: int, size: int) -> list[dict[str, float]]:
     model = MeanOfTokens().train()
     found = [
-        Validator(Numbers(), ParallelContext.create(), num_samples=7, micro_batch_size=micro)(model)["valid_loss"]
+        Validator(Numbers(), ParallelContext.create(), num_samples=7, micro_batch_size=micro)(model)
         for micro in (1, 2, 3, 7, 10)
     ]
     assert model.training
@@ -41,7 +47,6 @@ def _validate(rank: int, size: int) -> list[float]:
 
 
 def test_same_for_any_micro_batch_and_data_size(run_ranks: Callable[..., list[Any]]) -> None:
-    expected = [np.mean(range(7))] * 5
-    assert _validate(0, 1) == pytest.approx(expected)
-    for found in run_ranks(_validate, 2):
-        assert found == pytest.approx(expected)
+    expected = pytest.approx({"valid_loss": np.mean(range(7)), "valid_odd": 3 / 7})
+    for rank in (_validate(0, 1), *run_ranks(_validate, 2)):
+        assert len(rank) == 5 and all(found == expected for found in rank)

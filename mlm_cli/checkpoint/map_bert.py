@@ -1,0 +1,36 @@
+"""The original, post-norm BERT as transformers' ``BertForPreTraining`` or ``BertForMaskedLM``, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
+from mlm_cli.checkpoint.map_encoder import encoder_entries, head_entries, read_encoder, write_encoder
+from mlm_cli.config.schema import ModelSection
+
+MODEL_TYPE = "bert"
+
+
+def architecture(model: ModelSection) -> str:
+    """transformers' class for a model of this layout."""
+    return "BertForMaskedLM" if model.binary_head == "none" else "BertForPreTraining"
+
+
+def read_config(config: ConfigReader) -> ModelSection:
+    """The model section of a BERT ``config.json``."""
+    return read_encoder(config, norm_order="post", binary_head="next_sentence")
+
+
+def write_config(model: ModelSection) -> dict[str, Any]:
+    """``config.json`` entries of a model section that ``hub_layout`` found to be BERT's."""
+    return {"model_type": MODEL_TYPE, **write_encoder(model)}
+
+
+def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
+    """Parameter names; each branch's norm lies with the branch that ends in it."""
+    norms = {"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"}
+    entries = encoder_entries(model, norms)
+    for part in ("weight", "bias"):
+        entries[f"embedding.norm.{part}"] = Entry((f"bert.embeddings.LayerNorm.{part}",))
+    head, ignored = head_entries(model)
+    return KeyMap({**entries, **head}, "bert.", ignored=ignored)

@@ -1,0 +1,112 @@
+"""What the two BERT layouts of transformers share: configuration, embeddings, layers and heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlm_cli.checkpoint.key_map import ConfigReader, Entry
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.shapes import ffn_hidden_size
+
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
+# transformers keeps buffers here, and a copy of the output layer's bias.
+_BUFFERS = r"(bert\.)?embeddings\.position_ids"
+
+
+def read_encoder(config: ConfigReader, *, norm_order: str, binary_head: str) -> ModelSection:
+    """The model section of a BERT-like ``config.json``.
+
+    Args:
+        binary_head: what a pretraining model without our own entry has been taught.
+    """
+    config.refuse_unless("hidden_act", _ACTIVATIONS.__contains__, f"known are {', '.join(_ACTIVATIONS)}")
+    config.refuse_unless("is_decoder", lambda value: not value, "BERT is an encoder here")
+    config.refuse_unless("add_cross_attention", lambda value: not value, "BERT is an encoder here")
+    config.refuse_unless(
+        "position_embedding_type", lambda value: value == "absolute", "positions must be absolute (learned)"
+    )
+    own = config.get("mlm", dict, {})
+    pretraining = any(str(name).endswith("ForPreTraining") for name in config.get("architectures", list, []))
+    return config.section(
+        family="bert",
+        num_layers=config.get("num_hidden_layers", int),
+        hidden_size=config.get("hidden_size", int),
+        num_attention_heads=config.get("num_attention_heads", int),
+        ffn_hidden_size=config.get("intermediate_size", int),
+        seq_length=config.get("max_position_embeddings", int, 512),
+        vocab_size=config.get("vocab_size", int),
+        num_token_types=config.get("type_vocab_size", int, 2),
+        binary_head=own.get("binary_head", binary_head) if pretraining else "none",
+        position="learned",
+        norm="layernorm",
+        norm_order=norm_order,
+        norm_eps=config.get("layer_norm_eps", (int, float), 1e-12),
+        activation=_ACTIVATIONS[config.get("hidden_act", str, "gelu")],
+        bias=True,
+        tie_embeddings=config.get("tie_word_embeddings", bool, True),
+    )
+
+
+def write_encoder(model: ModelSection) -> dict[str, Any]:
+    """``config.json`` entries of a model section, but for ``model_type``."""
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": ffn_hidden_size(model),
+        "max_position_embeddings": model.seq_length,
+        "vocab_size": model.vocab_size,
+        "type_vocab_size": model.num_token_types,
+        "hidden_act": "gelu" if model.activation == "gelu_erf" else "gelu_new",
+        "layer_norm_eps": model.norm_eps,
+        "hidden_dropout_prob": model.hidden_dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def encoder_entries(model: ModelSection, norms: Mapping[str, str]) -> dict[str, Entry]:
+    """Embeddings and layers. ``norms``: our norm of a layer -> where it lies in theirs."""
+    entries = {
+        "embedding.word.weight": Entry(("bert.embeddings.word_embeddings.weight",)),
+        "embedding.position.weight": Entry(("bert.embeddings.position_embeddings.weight",)),
+        "embedding.token_type.weight": Entry(("bert.embeddings.token_type_embeddings.weight",)),
+    }
+    modules = {
+        "attention.qkv": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
+        "attention.out": ("attention.output.dense",),
+        "mlp.up": ("intermediate.dense",),
+        "mlp.down": ("output.dense",),
+        **{ours: (theirs,) for ours, theirs in norms.items()},
+    }
+    for i in range(model.num_layers):
+        for ours, theirs in modules.items():
+            for part in ("weight", "bias"):
+                sources = tuple(f"bert.encoder.layer.{i}.{module}.{part}" for module in theirs)
+                entries[f"layers.{i}.{ours}.{part}"] = Entry(sources)
+    return entries
+
+
+def head_entries(model: ModelSection) -> tuple[dict[str, Entry], re.Pattern[str]]:
+    """The heads of pretraining, and what else their folders hold that carries nothing."""
+    predictions = "cls.predictions"
+    # Tied, the layer's own bias is what transformers stores; untied, only that of `decoder` is used.
+    bias, other = (f"{predictions}.bias", f"{predictions}.decoder.bias")
+    if not model.tie_embeddings:
+        bias, other = other, bias
+    entries = {"head.bias": Entry((bias,))}
+    ignored = f"{_BUFFERS}|{re.escape(other)}"
+    for part in ("weight", "bias"):
+        entries[f"head.transform.{part}"] = Entry((f"{predictions}.transform.dense.{part}",))
+        entries[f"head.norm.{part}"] = Entry((f"{predictions}.transform.LayerNorm.{part}",))
+        if model.binary_head != "none":
+            entries[f"head.pooler.{part}"] = Entry((f"bert.pooler.dense.{part}",))
+            entries[f"head.binary.{part}"] = Entry((f"cls.seq_relationship.{part}",))
+    if model.tie_embeddings:
+        ignored += rf"|{re.escape(predictions)}\.decoder\.weight"
+    else:
+        entries["head.weight"] = Entry((f"{predictions}.decoder.weight",))
+    return entries, re.compile(ignored)

@@ -1,0 +1,35 @@
+"""Megatron-LM's pre-norm BERT as transformers' ``MegatronBertForPreTraining`` or ``...ForMaskedLM``, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
+from mlm_cli.checkpoint.map_encoder import encoder_entries, head_entries, read_encoder, write_encoder
+from mlm_cli.config.schema import ModelSection
+
+MODEL_TYPE = "megatron-bert"
+
+
+def architecture(model: ModelSection) -> str:
+    """transformers' class for a model of this layout."""
+    return "MegatronBertForMaskedLM" if model.binary_head == "none" else "MegatronBertForPreTraining"
+
+
+def read_config(config: ConfigReader) -> ModelSection:
+    """The model section of a MegatronBert ``config.json``."""
+    return read_encoder(config, norm_order="pre", binary_head="sentence_order")
+
+
+def write_config(model: ModelSection) -> dict[str, Any]:
+    """``config.json`` entries of a model section that ``hub_layout`` found to be MegatronBert's."""
+    return {"model_type": MODEL_TYPE, **write_encoder(model)}
+
+
+def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
+    """Parameter names; a final norm stands behind all layers."""
+    entries = encoder_entries(model, {"norm1": "attention.ln", "norm2": "ln"})
+    for part in ("weight", "bias"):
+        entries[f"final_norm.{part}"] = Entry((f"bert.encoder.ln.{part}",))
+    head, ignored = head_entries(model)
+    return KeyMap({**entries, **head}, "bert.", ignored=ignored)

@@ -1,0 +1,154 @@
+"""What the model families have in common: a list of layers, whole or a stage's part of it, run in sequence."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mlm_cli.config.schema import ModelSection
+from mlm_cli.models.embedding import TiedWords
+from mlm_cli.models.rotary import RotaryTable
+from mlm_cli.models.spec import LayerSpec
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.sequence import gather_tokens
+
+if TYPE_CHECKING:
+    from mlm_cli.parallel.random import RandomStreams
+
+Batch = dict[str, Tensor]
+
+
+class Model(nn.Module):
+    """A language model, or this rank's slice of one, or a stage of a pipeline.
+
+    Args:
+        model: architecture, ``vocab_size`` set.
+        specs: the family's whole list; the first entry is the embedding, the last the head.
+        part: numbers of the entries that are built here; unset: all.
+
+    Attributes:
+        config: the model section it was built from.
+        parallel: the groups it is cut over.
+        has_embedding, has_head: whether this part begins, or ends, the model.
+        recompute: rebuild each layer's activations in the backward pass instead of keeping them.
+        streams: dropout streams; set by training when there is dropout.
+        score_names: what ``scores`` measures.
+    """
+
+    score_names: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __init__(
+        self,
+        model: ModelSection,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        specs: list[LayerSpec],
+        part: range | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.parallel, self.dtype = model, parallel, dtype
+        self.recompute = False
+        self.streams: RandomStreams | None = None
+        mine = [specs[number] for number in (range(len(specs)) if part is None else part)]
+        self.has_embedding, self.has_head = mine[0] is specs[0], mine[-1] is specs[-1]
+        self._order: list[tuple[nn.Module, bool]] = []  # with: is it a transformer layer, which may be recomputed?
+        if any(spec.tied for spec in mine) and not self.has_embedding:
+            self.embedding: Any = TiedWords(model, parallel, dtype)
+        for spec in mine:
+            self._add(spec)
+        for spec in specs:  # what other stages hold
+            container, _, number = spec.name.partition(".")
+            if not hasattr(self, container):
+                setattr(self, container, nn.ModuleList() if number else None)
+        self._rotary = RotaryTable.of(model)
+
+    def _add(self, spec: LayerSpec) -> None:
+        """Layers keep their numbers, so that parameters have the same names whatever part of the model this is."""
+        layer = spec.build()
+        container, _, number = spec.name.partition(".")
+        if number:
+            if not hasattr(self, container):
+                setattr(self, container, nn.ModuleList())
+            getattr(self, container).add_module(number, layer)
+        else:
+            setattr(self, container, layer)
+        if spec.name != "head":  # its work is not a step of `run`
+            self._order.append((layer, bool(number)))
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.config.vocab_size is not None
+        return self.config.vocab_size
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Rows of the output layer of this rank, ``[v_local, h]``; the word embedding's where they are tied."""
+        return self.embedding.word.weight if self.head.weight is None else self.head.weight
+
+    def read_outside(self) -> list[Tensor]:
+        """Parameters that are used outside of their module's ``forward`` (ZeRO-3 must know)."""
+        return [self.output_weight]
+
+    def set_streams(self, streams: RandomStreams) -> None:
+        """Draw dropout inside sliced regions from ``streams``."""
+        self.streams = streams
+        # Where each rank holds other tokens, its masks between sliced layers are its own too.
+        masks = streams.sliced if self.parallel.sequence.size > 1 else nullcontext
+        for module in self.modules():
+            if module is not self and hasattr(module, "streams"):
+                module.streams = streams
+            if hasattr(module, "masks"):
+                module.masks = masks
+
+    @abstractmethod
+    def info(self, batch: Batch) -> Any:
+        """What every layer shares of a pass over ``batch``; any stage can work it out."""
+
+    def run(self, x: Tensor, info: Any) -> Tensor:
+        """The layers of this part, in order. ``x``: tokens ``[b, s]`` where it begins the model, else ``[b, s, h]``."""
+        for layer, repeats in self._order:
+            again = repeats and self.recompute and torch.is_grad_enabled()
+            x = self._recomputed(layer, x, info) if again else layer(x, info)
+        return gather_tokens(x, self.parallel.sequence) if self.has_head else x
+
+    def boundary(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of what travels between two stages for ``batch``."""
+        b, s = batch["tokens"].shape
+        return b, s // self.parallel.sequence.size, self.config.hidden_size
+
+    def _recomputed(self, layer: nn.Module, x: Tensor, info: Any) -> Tensor:
+        """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""
+        dropout = self.training and max(self.config.hidden_dropout, self.config.attention_dropout) > 0
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
+        if dropout and self.streams is not None:
+            options["context_fn"] = self.streams.recompute_contexts
+        return checkpoint(layer, x, info, **options)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean loss that training minimises (float32 scalar with gradient), and the predictions it is over."""
+        return self.loss_of(self.run(batch["tokens"], self.info(batch)), batch)
+
+    @abstractmethod
+    def loss_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``loss`` from what ``run`` gave."""
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What validation adds up, float64 ``[len(score_names), 2]``: a sum, and the count it is over."""
+        return self.scores_of(self.run(batch["tokens"], self.info(batch)), batch)
+
+    @torch.no_grad()
+    def scores_of(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """``scores`` from what ``run`` gave."""
+        mean, count = self.loss_of(hidden, batch)
+        return torch.stack([mean.double() * count, count.double()])[None]
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """Tokens of a batch that the model reads: what speed and progress are told in."""
+        if "lengths" in batch:
+            return batch["lengths"].sum()
+        return batch["tokens"].new_tensor(batch["tokens"].numel())

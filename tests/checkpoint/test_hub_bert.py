@@ -1,0 +1,123 @@
+"""BERT crosses to transformers and back: logits of words and binary head, and the pretraining loss itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models.bert_models import SECTIONS, make_batch, shake
+from safetensors.torch import load_file
+
+from mlm_cli.checkpoint.hub import load_model_folder, read_model_config, save_model_folder
+from mlm_cli.models.bert import Bert
+from mlm_cli.models.registry import build_model
+from mlm_cli.parallel.context import ParallelContext
+
+transformers = pytest.importorskip("transformers")
+
+ONE = ParallelContext.single()
+BASE: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+}
+THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForPreTraining", {}),
+    "bert words": ("BertForMaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3}),
+    "megatron": ("MegatronBertForPreTraining", {}),
+    "megatron words": ("MegatronBertForMaskedLM", {"layer_norm_eps": 1e-5}),
+}
+
+
+def their_class(folder: Path) -> Any:
+    """The class that a folder's config.json names."""
+    return getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+
+
+def open_theirs(folder: Path) -> Any:
+    model, info = their_class(folder).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    # An untied model keeps a second bias there that nothing uses.
+    unused = set() if model.config.tie_word_embeddings else {"cls.predictions.bias"}
+    assert set(info["missing_keys"]) <= unused and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def their_output(model: Any, batch: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
+    """Their forward pass with labels where words are masked; loss included."""
+    labels = torch.full_like(batch["tokens"], -100)
+    for row, (places, words, real) in enumerate(
+        zip(batch["masked_positions"], batch["labels"], batch["loss_mask"], strict=True)
+    ):
+        labels[row, places[real > 0]] = words[real > 0]
+    mask = (torch.arange(batch["tokens"].shape[1]) < batch["lengths"][:, None]).long()
+    extra = {}
+    if "binary_labels" in batch:
+        extra["next_sentence_label"] = batch["binary_labels"]
+    with torch.no_grad():
+        out = model(batch["tokens"], attention_mask=mask, token_type_ids=batch["token_types"], labels=labels, **extra)
+    return out, out.prediction_logits if "binary_labels" in batch else out.logits
+
+
+def check_equal(model: Bert, theirs: Any) -> None:
+    """Words' logits at every real place, binary logits and loss."""
+    batch = make_batch(model.config, 5)
+    out, logits = their_output(theirs, batch)
+    real = torch.arange(24) < batch["lengths"][:, None]
+    with torch.no_grad():
+        hidden = model.hidden(batch["tokens"], lengths=batch["lengths"], token_types=batch["token_types"])
+        ours = model.gather_logits(model.logits(hidden))
+        torch.testing.assert_close(ours[real], logits[real], rtol=1e-4, atol=1e-4)
+        if "binary_labels" in batch:
+            binary = model.head.binary_logits(hidden)
+            torch.testing.assert_close(binary, out.seq_relationship_logits, rtol=1e-4, atol=1e-4)
+        loss, count = model.loss(batch)
+        assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+        assert count.item() == 9
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_transformers_opens_ours(kind: str, tmp_path: Path) -> None:
+    model = build_model(SECTIONS[kind], ONE).eval()
+    shake(model)
+    with torch.no_grad():  # whatever is in the padding must not matter
+        for name in ("embedding.word.weight", "head.weight", "head.bias"):
+            for param in (p for n, p in model.named_parameters() if n == name):
+                param[model.vocab_size :] = 1e4
+    save_model_folder(model, tmp_path)
+    assert isinstance(model, Bert)
+    check_equal(model, open_theirs(tmp_path))
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert tensor.abs().max() < 100, f"padding leaked into {name}"
+    again, section = load_model_folder(tmp_path, ONE)
+    batch = make_batch(model.config, 1)
+    assert again.eval().scores(batch).equal(model.scores(batch))
+    default = {"ffn_hidden_size", "head_dim", "num_query_groups"}  # written out in full
+    assert section.model_dump(exclude=default) == model.config.model_dump(exclude=default)
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_we_open_theirs(kind: str, tmp_path: Path) -> None:
+    name, settings = THEIRS[kind]
+    cls = getattr(transformers, name)
+    theirs = cls(cls.config_class(**{**BASE, **settings})).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, section = load_model_folder(tmp_path / "theirs", ONE)
+    assert isinstance(ours, Bert)
+    expected = "none" if "words" in kind else "next_sentence" if kind == "bert" else "sentence_order"
+    assert section.binary_head == expected
+    check_equal(ours.eval(), theirs)
+    # and out again: what they open is what they wrote
+    save_model_folder(ours, tmp_path / "ours")
+    assert their_class(tmp_path / "ours") is cls
+    written = open_theirs(tmp_path / "ours").state_dict()
+    for key, tensor in theirs.state_dict().items():
+        assert written[key].equal(tensor), key
+    assert read_model_config(tmp_path / "ours")[0] == section
