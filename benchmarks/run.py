@@ -19,6 +19,7 @@ BENCHMARKS = {
     "ops": ["ops.py"],
     "pretrain": ["pretrain.py", "--layouts"],
     "generate": ["generate.py"],
+    "sparse_attention": ["sparse_attention.py"],
 }
 
 
