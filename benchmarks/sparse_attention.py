@@ -1,4 +1,4 @@
-"""Sparse attention against dense `scaled_dot_product_attention`, forward and backward: time and memory, 1k to 32k tokens.
+"""Sparse attention against dense `scaled_dot_product_attention`, forward and backward: time and memory to 32k tokens.
 
     python benchmarks/sparse_attention.py                     # CPU: about 6 minutes on two quiet cores
     python benchmarks/sparse_attention.py --pattern bigbird --dtype bf16

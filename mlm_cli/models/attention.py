@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
             if dropout:
                 raise UsageError(
                     f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
-                    hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, at dense attention's cost",
+                    hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs as dense",
                 )
             out = attend_sparse(query, key, value, info, pattern, cached=cached)
             if out is not None:

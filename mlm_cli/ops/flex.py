@@ -93,7 +93,7 @@ def flex_block_mask(
 
 @lru_cache(maxsize=16)
 def _flex_blocks(pattern: SparsePattern, length: int, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many key blocks a block of queries has, ``[1, 1, blocks]``, and which: first in ``[1, 1, blocks, blocks]``."""
+    """How many key blocks each block of queries has, ``[1, 1, blocks]``; which, first in ``[1, 1, blocks, blocks]``."""
     fine = -(-length // pattern.block)
     mask = pattern.block_mask(fine, fine, causal=causal)
     blocks = -(-length // _BLOCK)

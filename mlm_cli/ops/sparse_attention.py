@@ -209,8 +209,12 @@ class _Part:
     def backward(self, grad_out: Tensor, grads: list[Tensor], grad_bias: Tensor | None) -> None:
         """Fill ``grads`` of query, key and value for these samples; add to ``grad_bias``."""
         grad_out = self._grouped(grad_out)
-        grad_query = torch.empty_like(self.query)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (self.key, self.value))
+        grad_query, *sums = (whole[self.samples].flatten(0, 1) for whole in grads)  # views: `grads` are packed
+        grad_query = grad_query.view(self.query.shape)
+        if _wide(self.key) != self.key.dtype:
+            grad_key, grad_value = (torch.zeros_like(x, dtype=_wide(x)) for x in sums)
+        else:
+            grad_key, grad_value = (x.zero_() for x in sums)
         for chunk in self.chunks:
             query, grad = self._rows(self.query, chunk), self._rows(grad_out, chunk)
             key, value = _take(self.key, chunk.keys), _take(self.value, chunk.keys)
@@ -227,9 +231,9 @@ class _Part:
             grad_query[:, :, chunk.start : chunk.stop] = rows
             _add_product(grad_key, chunk.keys, flat, query)
             _add_product(grad_value, chunk.keys, flat_probs.view_as(flat), grad)
-        found = (grad_query.flatten(0, 1), grad_key, grad_value)
-        for whole, mine in zip(grads, found, strict=True):
-            whole[self.samples] = mine.view(whole[self.samples].shape)
+        for whole, mine in zip(sums, (grad_key, grad_value), strict=True):
+            if whole is not mine:
+                whole.copy_(mine)
 
 
 def _take(x: Tensor, keys: slice | Tensor) -> Tensor:

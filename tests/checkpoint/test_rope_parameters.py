@@ -140,7 +140,7 @@ def test_greedy_continuation_is_theirs_beyond_the_trained_length(tmp_path: Path)
 @pytest.mark.parametrize("dim", [2, 8, 64, 128])
 @pytest.mark.parametrize("trained", [16, 2048])
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(dim: int, trained: int) -> None:
-    """Peng et al. 2023, section 3.2: pairs of more than 32 turns as they are, of less than one divided by the factor."""
+    """Peng et al. 2023, section 3.2: pairs of more than 32 turns stay, those of less than one are divided."""
     plain = rotary_frequencies(dim, 10000.0)
     scaling = RotaryScalingSection(type="yarn", factor=8.0, original_seq_length=trained)
     found = rotary_frequencies(dim, 10000.0, scaling)
