@@ -13,7 +13,7 @@ from torch import Tensor
 from mlm_cli.ops.sparse_pattern import SparsePattern
 
 # Queries taken together where neighbours see nearly the same keys. More: fewer, larger products; also more scores that
-# are computed and then hidden (64 of 575 with a window of 512; the products of one core are at their best from here on).
+# are computed and then hidden (64 of 576 with a window of 512; the products of a core are at their best from here).
 CHUNK_QUERIES = 64
 
 _LINE = 16  # float32 numbers of a cache line
