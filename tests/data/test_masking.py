@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_equal_to_the_definition_in_plain_python(probability: float, longest: in
 
 
 def megatrons(words: list[list[int]], num_tokens: int, rng: np.random.Generator) -> list[int]:
-    """The choice of ``create_masked_lm_predictions`` of Megatron-LM (1/n, whole words), for one text, with its quirks."""
+    """The choice of ``create_masked_lm_predictions`` of Megatron-LM (1/n, whole words) for one text."""
     num_to_predict = max(1, round(num_tokens * 0.15))
     ngrams = np.arange(1, 4)
     chances = 1.0 / ngrams
@@ -98,10 +99,10 @@ def megatrons(words: list[list[int]], num_tokens: int, rng: np.random.Generator)
             break
         usable = chances[: len(candidates)] / chances[: len(candidates)].sum()
         n = int(rng.choice(ngrams[: len(candidates)], p=usable))
-        places = sum(candidates[n - 1], [])
+        places = list(chain(*candidates[n - 1]))
         n -= 1
         while len(covered) + len(places) > num_to_predict and n > 0:
-            places = sum(candidates[n - 1], [])
+            places = list(chain(*candidates[n - 1]))
             n -= 1
         if len(covered) + len(places) > num_to_predict or covered & set(places):
             continue
@@ -238,10 +239,11 @@ def test_words_of_byte_level_and_sentencepiece_vocabularies(test_data: Path) -> 
     text = "However (unlikely), antidisestablishmentarianism re-opened naïve 3!\nΈλα Привет."
     expected = ["However", " (", "unlikely", ")", ",", " antidisestablishmentarianism", " re", "-", "opened", " naïve"]
     expected += [" 3", "!", "\n", "Έλα", " Привет", "."]
+    assert split_words("bytes", text) == [*expected[:1], " ", "(", *expected[2:]]
+    expected[3:5] = ["),"]  # one token of GPT-2's
     assert split_words(str(test_data / "tokenizers/gpt2"), text) == expected
-    assert split_words("bytes", text) == expected
     spm = split_words(str(test_data / "tokenizers/sentencepiece/test_model.model"), "I saw a girl (with) telescopes.")
-    assert spm == [" I", " saw", " a", " girl", " (", "with", ")", " telescopes", "."] or spm[0] == " I"
+    assert spm == [" I", " saw", " a", " girl", " (", "with", ")", " telescopes", "."]
 
 
 def test_scripts_without_spaces_have_no_long_words(test_data: Path) -> None:

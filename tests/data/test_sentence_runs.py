@@ -88,7 +88,7 @@ def test_an_epoch_is_the_corpus_once_and_repeats_are_even() -> None:
     sizes = [[7] * 3, [5], [6] * 200, [], [9] * 2, [30], [4] * 11] * 6
     tokens = numbered(sizes)
     runs = runs_of(tokens, 32)
-    per_epoch, epochs = runs.num_slots, 400
+    per_epoch, epochs = runs.num_slots, 60
     counts = np.zeros(tokens.num_tokens, dtype=np.int64)
     for epoch in range(epochs):
         seen = np.zeros(tokens.num_tokens, dtype=np.int64)
@@ -97,9 +97,9 @@ def test_an_epoch_is_the_corpus_once_and_repeats_are_even() -> None:
             seen[run.begin : run.end] += 1
         assert seen.min() >= 1
         counts += seen
-    owner = np.repeat(np.arange(len(sizes)), [sum(document) for document in sizes])
-    rates = [counts[owner == document].mean() / epochs for document in range(len(sizes)) if sizes[document]]
-    assert max(rates) / min(rates) < 1.12, rates  # without the even repeats 2 to 1
+    shape = np.repeat(np.arange(len(sizes)) % 7, [sum(document) for document in sizes])
+    rates = [counts[shape == kind].mean() / epochs for kind in range(7) if sizes[kind]]
+    assert max(rates) / min(rates) < 1.15, rates  # if left over slots stayed in their documents: 2 to 1
 
 
 def test_cuts_and_order_differ_between_epochs_and_a_range_stays_in_it() -> None:
