@@ -72,7 +72,7 @@ def test_samples_in_many_languages(files: list[Path], trained: dict[str, str], t
         assert tokens.shape == (16, 128) and tokens.max() < tokenizer.vocab_size
         if family == "bert":
             share = batch["loss_mask"].sum() / batch["lengths"].sum()
-            assert share == pytest.approx(0.15, abs=0.01)
+            assert 0.13 < share < 0.155  # words of more pieces than may be hidden at a time never are, as in BERT
             assert (tokens[:, 0] == tokenizer.cls_id).all() and np.isin(tokens, [tokenizer.mask_id]).any()
         else:
             assert (tokens[:, -1] == tokenizer.eod_id).all()
