@@ -1,4 +1,4 @@
-"""What a user may call MODEL: a run folder, a checkpoint folder, an exported folder or a Hub name."""
+"""What a user may call MODEL: a run folder, a checkpoint folder, an exported folder, Megatron-LM's, or a Hub name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -17,7 +18,8 @@ def resolve_model(spec: str | os.PathLike[str]) -> Path:
 
     Args:
         spec: a run folder (its latest checkpoint), a checkpoint folder (its ``model/``), a folder in Hugging Face
-            layout, or the name of a model on the Hub (downloaded unless ``HF_HUB_OFFLINE`` is set).
+            layout, a checkpoint of Megatron-LM in its classic layout (or one iteration of it), or the name of a model
+            on the Hub (downloaded unless ``HF_HUB_OFFLINE`` is set).
 
     Raises:
         CheckpointError: there is no such model.
@@ -39,6 +41,8 @@ def _in_folder(path: Path) -> Path:
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
+    if is_megatron_folder(path):
+        return path
     if latest.is_file():
         name = latest.read_text(encoding="utf-8").strip()
         if not _STEP.match(name):
@@ -54,7 +58,7 @@ def _in_folder(path: Path) -> Path:
         return whole[-1] / "model"
     raise CheckpointError(
         f"{path} holds no model: neither config.json, nor model/, nor a checkpoint",
-        hint="name a run folder with a checkpoint, a checkpoint folder, or a Hugging Face folder",
+        hint="name a run folder with a checkpoint, a checkpoint folder, a Hugging Face folder or one of Megatron-LM",
     )
 
 
