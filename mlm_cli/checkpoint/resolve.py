@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from mlm_cli import log
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.errors import CheckpointError
 
@@ -33,6 +34,18 @@ def resolve_model(spec: str | os.PathLike[str]) -> Path:
     if not _HUB_NAME.match(name) or name.startswith("."):
         raise CheckpointError(f"no model folder {path}")
     return _download(name)
+
+
+def resolve_best(spec: str) -> Path:
+    """As ``resolve_model``, but of a fine-tuned run its best checkpoint, not its latest."""
+    best = Path(spec).expanduser() / "best"
+    if best.is_file():
+        name = best.read_text(encoding="utf-8").strip()
+        if (best.parent / name / "model" / "config.json").is_file():
+            log.info(f"taking {name}, the best checkpoint of {spec}")
+            return best.parent / name / "model"
+        log.warn(f"{best} names {name}, which is not there: taking the latest checkpoint")
+    return resolve_model(spec)
 
 
 def _in_folder(path: Path) -> Path:

@@ -13,7 +13,8 @@ import torch
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
+from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config
+from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
@@ -45,7 +46,7 @@ def run(request: EvaluateRequest) -> int:
     env = distributed.init()
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
-        folder = agree.on_rank_zero(lambda: resolve(request.model))
+        folder = agree.on_rank_zero(lambda: resolve_best(request.model))
         started, clock = time.time(), time.perf_counter()
         results = [task(request, folder, parallel) for task in tasks]
         document = results_document(
@@ -59,18 +60,6 @@ def run(request: EvaluateRequest) -> int:
         return 0
     finally:
         distributed.shutdown()
-
-
-def resolve(model: str) -> Path:
-    """The folder that ``model`` means: as everywhere, but of a fine-tuned run its best checkpoint, not its latest."""
-    best = Path(model).expanduser() / "best"
-    if best.is_file():
-        name = best.read_text(encoding="utf-8").strip()
-        if (best.parent / name / "model" / "config.json").is_file():
-            log.info(f"scoring {name}, the best checkpoint of {model}")
-            return best.parent / name / "model"
-        log.warn(f"{best} names {name}, which is not there: scoring the latest checkpoint")
-    return resolve_model(model)
 
 
 def _task_named(name: str) -> Callable[[EvaluateRequest, Path, ParallelContext], TaskResult]:

@@ -29,6 +29,8 @@ FROZEN: dict[str, set[str]] = {
     "generate": SHARED
     | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
     | {"--repetition-penalty", "--stop", "--batch-size"},
+    "convert": TALK
+    | {"--to", "--dtype", "--tensor", "--pipeline", "--checkpoint-version", "--from-pickle", "--tokenizer", "--dry-run"},
     "plan": SHARED | {"--device-tflops", "--mfu"},
     "doctor": TALK,
     "recipe ls": TALK,
