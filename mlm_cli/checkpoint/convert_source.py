@@ -158,6 +158,10 @@ def _repacked(folder: Path, scratch: Path) -> Path:
     staged.mkdir()
     repack_pickled(folder, staged)
     for path in folder.iterdir():
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".md") and not path.name.endswith("index.json"):
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".txt", ".model", ".md")
+            and not path.name.endswith("index.json")
+        ):
             shutil.copyfile(path, staged / path.name)
     return staged

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
-    """The model section of a folder in either layout, and the entries of its ``config.json`` (or what stands for it)."""
+    """The model section of a folder in either layout, and its ``config.json`` (or what stands for it)."""
     return (megatron_read if is_megatron_folder(folder) else hub_read).read_model_config(folder)
 
 

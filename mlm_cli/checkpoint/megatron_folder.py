@@ -95,6 +95,7 @@ def open_megatron(folder: Path) -> MegatronFiles:
     for rank, state in states.items():
         if not isinstance(state, dict) or not ("model" in state or "model0" in state):
             raise CheckpointError(f"{files[rank]} holds no `model`: it is no checkpoint of Megatron-LM")
+        _refuse_core(state, files[rank])
     args = _agreed(states, files, where, tensor, pipeline)
     first = states[0, 0]
     tensors, paths = _merge_stages(states, files, tensor, pipeline)
@@ -134,7 +135,7 @@ def _find_ranks(where: Path) -> dict[tuple[int, int], Path]:
     if list(where.glob("*.distcp")) or (where / "metadata.json").is_file():
         raise CheckpointError(
             f"{where} is a distributed checkpoint of Megatron-Core, not the classic layout",
-            hint="write it anew there with `--ckpt-format torch --use-legacy-models`, or export it with Megatron Bridge",
+            hint="write it anew there with `--ckpt-format torch --use-legacy-models`",
         )
     files: dict[tuple[int, int], Path] = {}
     staged = set()
@@ -200,12 +201,19 @@ def _version(state: dict[str, Any], path: Path) -> float:
     return float(version)
 
 
-def _family(names: set[str], path: Path) -> Family:
-    if any(name.startswith(("decoder.", "embedding.", "output_layer.")) for name in names):
+def _refuse_core(state: dict[str, Any], path: Path) -> None:
+    """Refuse a model of Megatron-Core, whose names and norms lie otherwise."""
+    names = state.get("model", state.get("model0"))
+    if isinstance(names, dict) and any(
+        str(name).startswith(("decoder.", "embedding.", "output_layer.")) for name in names
+    ):
         raise CheckpointError(
             f"{path} holds a model of Megatron-Core (`decoder.layers`), not the classic layout",
             hint="write it anew there with Megatron's `tools/checkpoint/convert.py --saver legacy`",
         )
+
+
+def _family(names: set[str], path: Path) -> Family:
     for family in FAMILIES.values():
         if family.recognise(names):
             return family
@@ -249,8 +257,8 @@ def _merge_stages(
             offset += count or 0
     for name, slices in tensors.items():
         if len(slices) != tensor:
-            lacking = files[len(slices), 0].parent.name.split("_")[2]
-            raise CheckpointError(f"{paths[name][0].parent.parent}: tensor {name} is missing from rank {lacking}")
+            lacking = paths[name][0].parent.name.replace("mp_rank_00", f"mp_rank_{len(slices):02d}")
+            raise CheckpointError(f"{paths[name][0].parents[1] / lacking / RANK_FILE}: tensor {name} is missing")
     return tensors, paths
 
 

@@ -1,7 +1,7 @@
 """Names of Megatron-LM's classic layout against ours, and the orders in which it has kept query, key and value.
 
-Names and orders as published in NVIDIA/Megatron-LM: ``megatron/model/language_model.py`` (``state_dict_for_save_checkpoint``
-and the renamings of ``load_state_dict``), ``megatron/model/transformer.py`` and ``megatron/checkpointing.py``.
+Names and orders as published in NVIDIA/Megatron-LM: ``megatron/model/language_model.py`` (what is saved, and the
+renamings of ``load_state_dict``), ``megatron/model/transformer.py`` and ``megatron/checkpointing.py``.
 """
 
 from __future__ import annotations

@@ -65,18 +65,7 @@ def read_section(
             f"{files.main} has no args: the number of attention heads is unknown",
             hint=f"`mlm convert {folder} NEW --to mlm model.num_attention_heads=N`",
         )
-    rows = sum(part.shape[0] for part in files.tensors[WORDS])
-    known = given.get("vocab_size") or vocab_size or getattr(files.args, "mlm_vocab_size", None) or _beside(folder)
-    if known is None:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer: which of the {rows:,} vocabulary rows are padding is unknown",
-            hint=f"`mlm convert {folder} NEW --to mlm --tokenizer TOK` (or model.vocab_size=N)",
-        )
-    if known > rows:
-        raise CheckpointError(
-            f"{files.main}: {WORDS} has {rows:,} rows, the vocabulary {known:,} tokens",
-            hint="use the tokenizer the model was trained with",
-        )
+    known = given.get("vocab_size") or _vocabulary(files, folder, vocab_size)
     section = build_section(settings, {**given, "vocab_size": known}, str(files.main))
     sizes = {"heads": section.num_attention_heads, "query groups": num_query_groups(section)}
     for what, size in {**sizes, "feed-forward rows": ffn_hidden_size(section)}.items():
@@ -87,6 +76,35 @@ def read_section(
     if files.version < 2 and num_query_groups(section) != section.num_attention_heads:
         raise CheckpointError(f"{files.main}: checkpoint_version {files.version:g} knows no grouped heads")
     return section
+
+
+def _vocabulary(files: MegatronFiles, folder: Path, tokenizer_size: int | None) -> int:
+    """Tokens without padding: as noted in the files, else those of the tokenizer.
+
+    Raises:
+        CheckpointError: not known, or a tokenizer with more tokens, or far fewer, than the model has rows.
+    """
+    rows = sum(part.shape[0] for part in files.tensors[WORDS])
+    noted = getattr(files.args, "mlm_vocab_size", None)
+    known = tokenizer_size or noted or _beside(folder)
+    if known is None:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: which of the {rows:,} vocabulary rows are padding is unknown",
+            hint=f"`mlm convert {folder} NEW --to mlm --tokenizer TOK` (or model.vocab_size=N)",
+        )
+    if known > rows:
+        raise CheckpointError(
+            f"{files.main}: {WORDS} has {rows:,} rows, the vocabulary {known:,} tokens",
+            hint="use the tokenizer the model was trained with",
+        )
+    step = getattr(files.args, "make_vocab_size_divisible_by", None) or 128
+    if known != noted and rows - known >= step * files.tensor:
+        raise CheckpointError(
+            f"{files.main}: {WORDS} has {rows:,} rows, the tokenizer {known:,} tokens; Megatron-LM pads to a multiple "
+            f"of {step} x {files.tensor}",
+            hint=f"use the tokenizer the model was trained with, or say model.vocab_size={known} to cut, {rows} to keep",
+        )
+    return known
 
 
 def _measured(files: MegatronFiles) -> dict[str, Any]:

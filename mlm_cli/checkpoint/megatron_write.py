@@ -1,4 +1,4 @@
-"""Writing a model in Megatron-LM's classic layout, for any number of tensor ranks and stages; one rank's file at a time."""
+"""Writing a model in Megatron-LM's classic layout, for any number of ranks; one rank's file at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ from mlm_cli.errors import UsageError
 from mlm_cli.models.gpt import GPT
 from mlm_cli.parallel.shard import shard_of, slice_full
 
-_LAST = ("language_model.encoder.final_layernorm.", "language_model.output_layer.", "language_model.pooler.", "lm_head.")
+_LAST = (
+    "language_model.encoder.final_layernorm.",
+    "language_model.output_layer.",
+    "language_model.pooler.",
+    "lm_head.",
+)
 
 
 def check_layout(model: ModelSection, *, tensor: int, pipeline: int, version: float) -> None:
@@ -104,7 +109,9 @@ def save_megatron_folder(
                 "args": args,
                 "checkpoint_version": version,
                 "iteration": iteration or 0,
-                "model": _nested(_stage(model, rank, stage, args.padded_vocab_size, tensor, pipeline, version), version),
+                "model": _nested(
+                    _stage(model, rank, stage, args.padded_vocab_size, tensor, pipeline, version), version
+                ),
             }
             path = where / rank_folder(rank, stage, pipeline) / RANK_FILE
             path.parent.mkdir(parents=True)

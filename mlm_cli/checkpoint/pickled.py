@@ -1,8 +1,8 @@
 """Weights in torch's pickle format, read without running anything that is in the file.
 
-A pickle may name any function and have it called. torch's weights-only unpickler calls none but those that build tensors;
-beside them, checkpoints of Megatron-LM hold their command line (a namespace), enumerations and states of random
-generators. These are let through as data: no module that a file names is imported for it.
+A pickle may name any function and have it called. torch's weights-only unpickler calls none but those that build
+tensors; beside them, checkpoints of Megatron-LM hold their command line (a namespace), enumerations and states of
+random generators. These are let through as data: no module that a file names is imported for it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,12 @@ def load_pickled(path: Path) -> Any:
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
-            raise _corrupt(path, error) from None
-        raise _refused(path, asked.group(1)) from None
+        text = str(error)
+        if asked := re.search(r"GLOBAL (\S+)", text):
+            raise _refused(path, asked.group(1)) from None
+        if re.search(r"unrecognized function|Can only (create|build)|Unsupported (operand|class)", text):
+            raise _refused(path, "calls that build no tensor") from None
+        raise _corrupt(path, error) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         # Whatever a damaged pickle stream trips over.
         raise _corrupt(path, error) from None

@@ -54,7 +54,7 @@ class WeightFiles:
             pickled = sorted(folder.glob("pytorch_model*.bin"))
             raise CheckpointError(
                 f"{folder} holds no {SINGLE} (nor {INDEX})" + (f", only {pickled[0].name}" if pickled else ""),
-                hint=f"pickled weights are read in a step of their own: `mlm convert {folder} NEW --to hf --from-pickle`"
+                hint=f"pickled weights take a step of their own: `mlm convert {folder} NEW --to hf --from-pickle`"
                 if pickled
                 else None,
             )

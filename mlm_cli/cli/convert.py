@@ -51,10 +51,10 @@ def convert(
 
     SRC is a run, checkpoint or Hugging Face folder, a Hub name, or a checkpoint folder of Megatron-LM in its classic
     layout (latest_checkpointed_iteration.txt, iter_0000123/mp_rank_00/...), of any number of ranks. DST must not exist;
-    it appears when all of it is written. The tokenizer goes along. hf: a folder for transformers. mlm: a checkpoint
-    folder (model/ in the same layout, and a manifest with a sha256 of every file), without optimizer state. megatron:
-    the classic layout for --tensor x --pipeline ranks. Keys model.* are for files of Megatron-LM that do not say how many
-    heads they have, or how many tokens are no padding.
+    it appears when all of it is written. The tokenizer goes along.
+    hf: a folder for transformers. mlm: a checkpoint folder (model/ in the same layout, and a manifest with a sha256 of
+    every file), without optimizer state. megatron: the classic layout for --tensor x --pipeline ranks.
+    Keys model.* are for files of Megatron-LM that lack the number of heads, or of tokens without padding.
 
     \b
     Examples:
@@ -67,7 +67,9 @@ def convert(
     begin(quiet=quiet, verbose=verbose)
     words, overrides = split_arguments(source, [word for word in (target, *(keys or ())) if word is not None])
     if len(words) != 2:
-        what = "no SRC given" if not words else "no DST given" if len(words) == 1 else f"one word too many: `{words[2]}`"
+        what = (
+            "no SRC given" if not words else "no DST given" if len(words) == 1 else f"one word too many: `{words[2]}`"
+        )
         raise UsageError(what, hint="mlm convert SRC DST --to hf|megatron|mlm")
     if to is None:
         raise UsageError("no target layout given", hint="--to hf, --to megatron or --to mlm")
@@ -76,7 +78,8 @@ def convert(
         given = [name for name, value in layout.items() if value is not None]
         if given:
             raise UsageError(
-                f"`{given[0]}` is for `--to megatron`", hint=f"a folder for `--to {to}` is read at any size: leave it out"
+                f"`{given[0]}` is for `--to megatron`",
+                hint=f"a folder for `--to {to}` is read at any size: leave it out",
             )
     settings = _model_keys(overrides)
     from mlm_cli.jobs import convert as job
@@ -116,7 +119,9 @@ def _model_keys(overrides: list[str]) -> dict[str, Any]:
         name = key.removeprefix("model.")
         if not key.startswith("model.") or name not in ModelSection.model_fields:
             near = suggest(key)
-            hint = f"did you mean `{near}`?" if near and near.startswith("model.") else "only model.* keys are taken here"
+            hint = (
+                f"did you mean `{near}`?" if near and near.startswith("model.") else "only model.* keys are taken here"
+            )
             raise UsageError(f"`{key}` is not a key of `mlm convert`", hint=hint)
         found[name] = parse_value(value)
     return found

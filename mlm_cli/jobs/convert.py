@@ -1,4 +1,4 @@
-"""The body of ``mlm convert``: one process reads a model of any layout and writes it, whole or not at all, in another."""
+"""The body of ``mlm convert``: a model of any layout, written in another whole or not at all."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def _write_manifest(building: Path, step: int | None) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Everything below ``folder`` on the disk, so that the name it gets stands for whole files after a power cut too."""
+    """Everything below ``folder`` on the disk: the name it gets stands for whole files, after a power cut too."""
     for path in [*folder.rglob("*"), folder]:
         fsync_path(path)
         if path.is_dir() and path != folder:
@@ -259,4 +259,3 @@ def report_text(report: dict[str, Any]) -> str:
     if report.get("megatron_options"):
         lines += ["Megatron-LM needs these options beside --load:", "  " + " ".join(report["megatron_options"])]
     return "\n".join(lines)
-

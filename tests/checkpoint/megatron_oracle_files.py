@@ -1,9 +1,9 @@
 """Megatron-LM's classic layout from its published description, sharing no code with `mlm_cli`.
 
-``write`` lays out the weights of a `transformers` model as Megatron-LM's ranks would have saved them; ``logits`` computes
-what Megatron-LM computes from such files, rank by rank and stage by stage. Written after the shapes in the comments of
-NVIDIA/Megatron-LM's ``megatron/checkpointing.py`` (``_transpose_first_dim``) and ``megatron/model/transformer.py``
-(``ParallelAttention.forward``, ``ParallelMLP.forward``), one head at a time.
+``write`` lays out the weights of a `transformers` model as Megatron-LM's ranks would have saved them; ``logits``
+computes what Megatron-LM computes from such files, rank by rank and stage by stage. Written after the shapes in the
+comments of NVIDIA/Megatron-LM's ``megatron/checkpointing.py`` (``_transpose_first_dim``) and
+``megatron/model/transformer.py`` (``ParallelAttention.forward``, ``ParallelMLP.forward``), one head at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 _ENUMS = types.ModuleType("megatron.core.enums")
 ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron.core.enums")  # type: ignore[misc]
@@ -193,9 +192,7 @@ def _part(
         put(p + f"{attention}.query_key_value", weight, bias)
         put(p + f"{attention}.dense", layer["o"][0].chunk(tensor, 1)[rank], layer["o"][1])  # RowParallelLinear
         put(p + f"post_attention_{norm}", *layer["ln2"])
-        up = [
-            None if layer["up"][0][j] is None else torch.cat([rows(half[j]) for half in layer["up"]]) for j in (0, 1)
-        ]
+        up = [None if layer["up"][0][j] is None else torch.cat([rows(half[j]) for half in layer["up"]]) for j in (0, 1)]
         put(p + "mlp.dense_h_to_4h", *up)
         put(p + "mlp.dense_4h_to_h", layer["down"][0].chunk(tensor, 1)[rank], layer["down"][1])
     if ends:
@@ -277,9 +274,7 @@ def logits(where: Path, tokens: Tensor) -> Tensor:
             x = _embed(lm, tokens)
         encoders = [part.get("encoder", part.get("transformer")) for part in lm]
         while any(name.startswith("layers.0.") for name in encoders[0]):
-            one = [
-                {name[9:]: value for name, value in enc.items() if name.startswith("layers.0.")} for enc in encoders
-            ]
+            one = [{name[9:]: value for name, value in enc.items() if name.startswith("layers.0.")} for enc in encoders]
             x = _layer(one, x, args, states[0, 0].get("checkpoint_version", 0))
             encoders = [_shifted(enc) for enc in encoders]
         if stage == pipeline - 1:

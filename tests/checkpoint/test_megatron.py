@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlm_cli.errors import UsageError
 from mlm_cli.models.gpt import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from tests.checkpoint import megatron_oracle_files as megatron
+from tests.checkpoint.in_slices import logits_of_all
 from tests.checkpoint.test_hub import ONE, OURS, SIZES, ours, shake
 
 transformers = pytest.importorskip("transformers")
@@ -68,12 +70,10 @@ def our_logits(folder: Path, parallel: ParallelContext = ONE, **changes: Any) ->
     return model.eval().gather_logits(model(TOKENS))
 
 
-def with_vocabulary(folder: Path) -> Path:
+def with_vocabulary(folder: Path, size: int = VOCAB) -> Path:
     """What tells padding from words where Megatron keeps no record: a tokenizer beside the checkpoint."""
-    (folder / "tokenizer.json").write_text(
-        '{"model": {"type": "WordLevel", "vocab": {%s}, "unk_token": "w0"}}'
-        % ", ".join(f'"w{n}": {n}' for n in range(VOCAB))
-    )
+    model = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(size)}, "unk_token": "w0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
     return folder
 
 
@@ -204,7 +204,9 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     assert read_model_config(tmp_path)[1].values["dtype"] == "float16"
     again, _ = load_model_folder(tmp_path, ONE, dtype=torch.float16)
     assert all(
-        param.equal(mine) for param, mine in zip(again.parameters(), model.parameters(), strict=True) if param.dim() == 1
+        param.equal(mine)
+        for param, mine in zip(again.parameters(), model.parameters(), strict=True)
+        if param.dim() == 1
     )
 
 
@@ -226,12 +228,6 @@ def test_what_the_layout_cannot_express_is_refused(settings: dict[str, Any], wor
     assert words in caught.value.message
 
 
-def sliced(rank: int, world_size: int, folder: str) -> dict[str, np.ndarray]:
-    """The logits at tensor size 2, of whatever layout is on disk."""
-    parallel = ParallelContext.create(tensor=world_size)
-    return {path.name: our_logits(path, parallel).numpy() for path in sorted(Path(folder).iterdir())}
-
-
 def test_any_tensor_size_reads_any_layout(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     wanted = {}
     for kind in ("gpt2", "llama"):
@@ -240,6 +236,6 @@ def test_any_tensor_size_reads_any_layout(run_ranks: Callable[..., list[Any]], t
             megatron.write(theirs(kind), tmp_path / name, tensor=tensor, pipeline=pipeline)
             with_vocabulary(tmp_path / name)
             wanted[name] = expected(theirs(kind)).numpy()
-    for answer in run_ranks(sliced, 2, str(tmp_path)):
+    for answer in run_ranks(logits_of_all, 2, str(tmp_path), TOKENS.tolist()):
         for name, logits in wanted.items():
             np.testing.assert_allclose(answer[name], logits, rtol=1e-4, atol=1e-4)
