@@ -102,7 +102,7 @@ def _vocabulary(files: MegatronFiles, folder: Path, tokenizer_size: int | None) 
         raise CheckpointError(
             f"{files.main}: {WORDS} has {rows:,} rows, the tokenizer {known:,} tokens; Megatron-LM pads to a multiple "
             f"of {step} x {files.tensor}",
-            hint=f"use the tokenizer the model was trained with, or say model.vocab_size={known} to cut, {rows} to keep",
+            hint=f"name the tokenizer it was trained with, or say model.vocab_size={known} to cut, {rows} to keep",
         )
     return known
 
