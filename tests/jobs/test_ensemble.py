@@ -147,11 +147,11 @@ def test_class_probabilities_are_averaged(
 def on_ranks(rank: int, world_size: int, requests: list[dict[str, Any]]) -> list[int]:
     from mlm_cli import distributed
 
-    answers = []
-    for values in requests:
-        distributed.init()
-        answers.append(run(EvaluateRequest(**values)))
-    return answers
+    leave, distributed.shutdown = distributed.shutdown, lambda: None  # one group for all of them
+    try:
+        return [run(EvaluateRequest(**values)) for values in requests]
+    finally:
+        distributed.shutdown = leave
 
 
 def test_data_ranks_share_the_work(
