@@ -13,8 +13,13 @@ from mlm_cli.checkpoint.hub import load_model_folder, save_model_folder
 from mlm_cli.parallel.context import ParallelContext
 
 
-def read_write_and_continue(rank: int, world_size: int, folder: str, prompt: list[list[int]]) -> dict[Any, Any]:
-    """Every ``*.theirs`` in ``folder`` at each layout of two ranks: written again beside it, and continued greedily."""
+def read_write_and_continue(
+    rank: int, world_size: int, folder: str, prompt: list[list[int]], ids: list[list[int]]
+) -> dict[Any, Any]:
+    """Every ``*.theirs`` in ``folder`` at each layout of two ranks: written again beside it, and continued greedily.
+
+    Of every ``*.megatron`` the logits for ``ids``.
+    """
     found = {}
     for layout in ("tensor 2", "pipeline 2"):
         parallel = ParallelContext.create(**{layout.split()[0]: world_size})
@@ -26,6 +31,9 @@ def read_write_and_continue(rank: int, world_size: int, folder: str, prompt: lis
                 logits = logits_everywhere(model, seen, parallel)
                 seen = torch.cat([seen, logits[:, -1:].argmax(-1)], 1)
             found[source.stem, layout] = {"logits": logits.numpy(), "seen": seen.tolist()}
+        for source in sorted(Path(folder).glob("*.megatron")):
+            model, _ = load_model_folder(source, parallel)
+            found[source.stem, layout] = logits_everywhere(model.eval(), torch.tensor(ids), parallel).numpy()
     return found
 
 
@@ -45,12 +53,3 @@ def logits_everywhere(model: Any, ids: Tensor, parallel: ParallelContext) -> Ten
     if pipeline.size > 1:
         dist.broadcast(logits, pipeline.ranks[-1], group=pipeline.handle)
     return logits
-
-
-def logits_of_all(rank: int, world_size: int, folder: str, ids: list[list[int]]) -> dict[str, Any]:
-    """The logits at tensor size 2 of every model in ``folder``, of whatever layout."""
-    parallel, found = ParallelContext.create(tensor=world_size), {}
-    for path in sorted(Path(folder).iterdir()):
-        model, _ = load_model_folder(path, parallel)
-        found[path.name] = logits_everywhere(model.eval(), torch.tensor(ids), parallel).numpy()
-    return found

@@ -25,6 +25,8 @@ from mlm_cli.parallel.context import ParallelContext
 from tests.checkpoint import megatron_oracle_files as megatron
 from tests.checkpoint.in_slices import read_write_and_continue
 from tests.checkpoint.test_hub import ONE, THEIRS, theirs, tokens
+from tests.checkpoint.test_megatron import LAYOUTS, TOKENS, expected, with_vocabulary
+from tests.checkpoint.test_megatron import theirs as random_model
 from tests.generation.folders import save_folder
 from tests.generation.test_generator import Numbers, encoded
 
@@ -88,6 +90,20 @@ def test_there_and_back_through_megatron(source: tuple[Path, Any], layout: tuple
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_fine_tuning_starts_from_megatron(source: tuple[Path, Any], tmp_path: Path) -> None:
+    from mlm_cli.tasks.classifier_folder import start_classifier
+
+    folder, _ = source
+    assert convert(folder, tmp_path / "there", "--to", "megatron") == 0
+    ids, lengths = torch.tensor([PROMPTS[0]]), torch.tensor([4])
+    with torch.no_grad():
+        first, second = (
+            start_classifier(place, ONE, num_labels=3, seed=1).eval()(ids, lengths)
+            for place in (folder, tmp_path / "there")
+        )
+    assert first.equal(second)
+
+
 def test_numbers_for_machines(source: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = source
     command = [str(folder), str(tmp_path / "out"), "--to", "hf", "--dtype", "bf16", "--format", "json"]
@@ -107,8 +123,6 @@ def test_numbers_for_machines(source: tuple[Path, Any], tmp_path: Path, capsys: 
 
 
 def test_a_step_and_a_card_stay(source: tuple[Path, Any], tmp_path: Path) -> None:
-    from tests.checkpoint.test_megatron import with_vocabulary
-
     megatron.write(source[1], tmp_path / "there", iteration=77)
     with_vocabulary(tmp_path / "there", 400)
     assert convert(tmp_path / "there", tmp_path / "run", "--to", "mlm") == 0
@@ -266,7 +280,24 @@ def in_slices(run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.Temp
         seen = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
         with torch.no_grad():
             wanted[kind] = seen.tolist(), model(seen[:, :-1]).logits.numpy()
-    return folder, wanted, run_ranks(read_write_and_continue, 2, str(folder), tokens(101)[:1, :6].tolist())
+    for kind in ("gpt2", "llama"):
+        for layout in LAYOUTS:
+            where = folder / f"{kind} {layout}.megatron"
+            megatron.write(random_model(kind), where, tensor=layout[0], pipeline=layout[1])
+            with_vocabulary(where)
+        wanted[f"{kind} megatron"] = expected(random_model(kind)).numpy()
+    prompt = tokens(101)[:1, :6].tolist()
+    return folder, wanted, run_ranks(read_write_and_continue, 2, str(folder), prompt, TOKENS.tolist())
+
+
+@pytest.mark.parametrize("layout", ["tensor 2", "pipeline 2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_any_layout_reads_any_of_megatron(in_slices: Any, kind: str, layout: str) -> None:
+    _, wanted, answers = in_slices
+    for answer in answers:
+        for written in LAYOUTS:
+            found = answer[f"{kind} {written}", layout]
+            np.testing.assert_allclose(found, wanted[f"{kind} megatron"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["tensor 2", "pipeline 2"])

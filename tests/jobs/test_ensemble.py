@@ -154,6 +154,7 @@ def on_ranks(rank: int, world_size: int, requests: list[dict[str, Any]]) -> list
         distributed.shutdown = leave
 
 
+@pytest.mark.slow
 def test_data_ranks_share_the_work(
     models: dict[str, Path], classifiers: list[Path], tmp_path: Path, run_ranks: Any
 ) -> None:
