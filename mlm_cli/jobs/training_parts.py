@@ -76,6 +76,11 @@ def build_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def policy_of(recipe: Recipe) -> Policy:
+    section = recipe.train
+    return Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+
+
 def build_numerics(
     session: Session,
     engine: Engine,
@@ -85,8 +90,7 @@ def build_numerics(
     position: Position,
 ) -> Numerics:
     """The policy for bad losses. A run that may have to go back saves its beginning too."""
-    section = session.recipe.train
-    policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+    policy = policy_of(session.recipe)
 
     def rollback() -> Position:
         checkpointer.finish()
