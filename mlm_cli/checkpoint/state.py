@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +98,13 @@ def layout_of(parallel: ParallelContext) -> dict[str, int]:
         "tensor": parallel.tensor.size,
         "data": parallel.data.size,
         "pipeline": parallel.pipeline.size,
+        "context": parallel.context.size,
     }
+
+
+def is_layout(written: Mapping[str, int], parallel: ParallelContext) -> bool:
+    """Was a checkpoint written on this very layout? An axis that an older version did not know had one rank."""
+    return all(written.get(axis, 1) == size for axis, size in layout_of(parallel).items())
 
 
 def state_bytes(engine: HasState) -> int:
@@ -150,6 +156,7 @@ def collect_state(
             "tensor": parallel.tensor.rank,
             "data": parallel.data.rank,
             "pipeline": parallel.pipeline.rank,
+            "context": parallel.context.rank,
         },
         "parameters": parameters,
         "rng": rng_values,

@@ -173,6 +173,12 @@ class ParallelSection(Section):
     sequence: bool = Field(
         default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="gpt: copies of the model that share out the tokens of each sample, for long ones; in attention"
+        " they share out the heads (DeepSpeed-Ulysses)",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",

@@ -72,6 +72,7 @@ def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor,
             pipeline=recipe.parallel.pipeline,
+            context=recipe.parallel.context,
             sequence=recipe.parallel.sequence,
             device=env.device,
         )
@@ -311,7 +312,8 @@ def _build_validator(
 
 def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
     label = "bf16" if dtype == torch.bfloat16 else "fp32"
-    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size} x data {parallel.data.size}"
+    context = f" x context {parallel.context.size}" if parallel.context.size > 1 else ""
+    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size}{context} x data {parallel.data.size}"
     log.info(
         f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
         f"{batch.global_batch_size} x {recipe.model.seq_length:,} tokens a step "

@@ -9,7 +9,7 @@ from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.checkpoint.load import Found, load_state
-from mlm_cli.checkpoint.state import Position, layout_of
+from mlm_cli.checkpoint.state import Position, is_layout
 from mlm_cli.config.derived import Batch, batch_arithmetic
 from mlm_cli.config.requests import ReplayRequest
 from mlm_cli.config.resolve import resolve_recipe
@@ -54,6 +54,7 @@ def run(recipe: Recipe, request: ReplayRequest) -> tuple[Report, bool]:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor,
             pipeline=recipe.parallel.pipeline,
+            context=recipe.parallel.context,
             sequence=recipe.parallel.sequence,
             device=env.device,
         )
@@ -167,12 +168,13 @@ def _take_steps(
 
 
 def _check_layout(found: Found, parallel: ParallelContext) -> None:
-    wrote, here = found.manifest.layout, layout_of(parallel)
-    if any(wrote.get(axis, 1) != size for axis, size in here.items()):
+    wrote = found.manifest.layout
+    if not is_layout(wrote, parallel):
         was = ", ".join(f"{axis} {size}" for axis, size in wrote.items() if axis != "world")
+        here = wrote["world"] == parallel.world.size
         raise UsageError(
             f"{found.folder} was written by {wrote['world']} ranks ({was}); only they can give the same bits",
-            hint=f"add `--nproc {wrote['world']}`" if wrote["world"] != here["world"] else "keep the parallel section",
+            hint="keep the parallel section" if here else f"add `--nproc {wrote['world']}`",
         )
 
 

@@ -19,6 +19,7 @@ from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mlm_cli.parallel.ulysses import collect_heads, deal_heads
 
 if TYPE_CHECKING:
     from mlm_cli.parallel.random import RandomStreams
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class SelfAttention(nn.Module):
     """Multi-head attention, also with fewer key/value heads than query heads (Ainslie et al. 2023).
 
-    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads.
+    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads. Context ranks hold a part of
+    the tokens each, but in here all tokens of some of these heads: ``num_heads`` and ``num_groups``.
     """
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
@@ -35,7 +37,8 @@ class SelfAttention(nn.Module):
         group, dim = parallel.tensor, head_dim(model)
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
-        self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
+        self.context, shares = parallel.context, group.size * parallel.context.size
+        self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
         self.kind, self.dropout = model.attention, model.attention_dropout
         self.streams: RandomStreams | None = None
         blocks = (query, key, key)
@@ -48,12 +51,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
         rotated = self.num_heads + self.num_groups
-        heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
-        b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
+        kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
+        heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
         dropout = self.dropout if self.training else 0.0
         if cache is None and self.kind == "auto" and not dropout and suits(heads):
             out = attend_blocked(heads, info.rotary, info.visible, self.num_heads)
-            return self.out(out.reshape(b, s, self.num_heads * self.dim))
+            return self.out(collect_heads(out, self.context).flatten(2))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
         else:
@@ -63,7 +66,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
         out = self._attend(query, key, value, info, dropout)
-        return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
+        return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""

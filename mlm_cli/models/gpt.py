@@ -25,6 +25,7 @@ from mlm_cli.parallel.mappings import copy_to_group
 from mlm_cli.parallel.random import initialize
 from mlm_cli.parallel.sequence import gather_tokens, own_tokens
 from mlm_cli.parallel.shard import Shard
+from mlm_cli.parallel.ulysses import sum_of_shares
 
 if TYPE_CHECKING:
     from mlm_cli.parallel.random import RandomStreams
@@ -37,17 +38,17 @@ class Embedding(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
-        self.hidden_dropout = model.hidden_dropout
+        self.hidden_dropout, self.context = model.hidden_dropout, parallel.context
         self.masks: Masks = nullcontext
         sizes = (model.vocab_size, padded_vocab_size(model), model.hidden_size)
         self.word = VocabParallelEmbedding(*sizes, parallel.tensor, sequence=parallel.sequence, **options)
         self.position = Position(model, parallel, dtype) if model.position == "learned" else None
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
-        """``tokens [b, s]`` -> ``[b, s, h]``."""
-        x = self.word(tokens)
+        """``tokens [b, s]`` -> ``[b, s, h]``, of this rank's tokens."""
+        x = self.word(own_tokens(tokens, self.context))
         if self.position is not None:
-            x = x + self.position(info.positions)
+            x = x + self.position(own_tokens(info.positions, self.context, -1))
         with self.masks():
             return F.dropout(x, self.hidden_dropout) if self.training and self.hidden_dropout else x
 
@@ -253,19 +254,19 @@ class GPT(nn.Module):
         return self.loss_of(self.run(batch["tokens"], self.info(batch)), batch)
 
     def loss_of(self, hidden: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``loss`` from the activations after the final norm, ``[b, s, h]``."""
-        labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
+        """``loss`` from the activations after the final norm, ``[b, s, h]``: of this rank's tokens."""
+        labels, mask, context = batch["labels"], batch.get("loss_mask"), self.parallel.context
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.output_weight,
-            labels,
-            None if mask is None else mask.reshape(-1),
+            own_tokens(labels, context).reshape(-1),
+            None if mask is None else own_tokens(mask, context).reshape(-1),
             self.parallel.tensor,
             self.vocab_size,
             scale=1.0 / count.clamp(min=1.0),
         )
-        return loss, count
+        return sum_of_shares(loss, context), count
 
     @torch.no_grad()
     def token_losses(

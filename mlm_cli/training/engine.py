@@ -100,14 +100,14 @@ def choose_engine(wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, p
             "train.engine=deepspeed needs parallel.zero of 1, 2 or 3",
             hint="set parallel.zero=1, or train.engine=plain",
         )
-    if wanted == "plain" and zero > 0 and parallel.data.size > 1:
+    if wanted == "plain" and zero > 0 and parallel.replicas.size > 1:
         raise UsageError(
-            f"train.engine=plain cannot shard (parallel.zero={zero}) over {parallel.data.size} data ranks",
+            f"train.engine=plain cannot shard (parallel.zero={zero}) over {parallel.replicas.size} copies of the model",
             hint="set parallel.zero=0, or train.engine=auto",
         )
     if wanted != "auto":
         return wanted
-    return "deepspeed" if zero > 0 and parallel.data.size > 1 else "plain"
+    return "deepspeed" if zero > 0 and parallel.replicas.size > 1 else "plain"
 
 
 def build_engine(

@@ -72,7 +72,7 @@ class DeepSpeedEngine:
         config = make_ds_config(
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
-            data_size=parallel.data.size,
+            data_size=parallel.replicas.size,
             zero=zero,
             dtype=dtype,
             clip_grad=settings.clip_grad,
@@ -100,7 +100,7 @@ class DeepSpeedEngine:
             zero3.announce_uses(runner, self.model)
             self.model = zero3.Gathering(runner, self.model)  # type: ignore[assignment]
         parallel = self.parallel
-        if parallel.data.handle is None:
+        if parallel.replicas.handle is None:
             _join_alone(parallel)
             parallel = ParallelContext.create(device=parallel.device)
         return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=parallel.mpu)
@@ -116,7 +116,7 @@ class DeepSpeedEngine:
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         outcomes = []
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
-            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.replicas.size)
         for number, batch in enumerate(batches, start=1):
             loss, sums = self._deepspeed(objective, batch)
             self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last
@@ -186,7 +186,7 @@ class DeepSpeedEngine:
             return {id(parameter): self._zero.get_full_hp_param(parameter) for _, parameter in self._named}
         full: dict[int, Tensor] = {}
         for group, members in zip(self._optimizer.param_groups, self._groups, strict=True):
-            flat = torch.cat(self.parallel.data.all_gather(group["params"][0].detach()))
+            flat = torch.cat(self.parallel.replicas.all_gather(group["params"][0].detach()))
             offset = 0
             for parameter in members:
                 full[id(parameter)] = flat[offset : offset + parameter.numel()].view(parameter.shape)

@@ -74,7 +74,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
-            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.replicas.size)
         self._pipe.begin(objective, batches)
         self._deepspeed.train_batch(iter([(batch["tokens"], batch["labels"]) for batch in batches]))
         found = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.parallel.device)
@@ -115,7 +115,7 @@ class _Stages:
         stage, pipeline = self._stage, self._stage.parallel.pipeline
         x = batch["tokens"]
         if pipeline.rank > 0:
-            tokens = x.shape[1] // stage.parallel.sequence.size
+            tokens = x.shape[1] // (stage.parallel.context.size * stage.parallel.sequence.size)
             x = torch.empty(x.shape[0], tokens, stage.config.hidden_size, dtype=stage.dtype, device=x.device)
             dist.recv(x, pipeline.ranks[pipeline.rank - 1], group=pipeline.handle)
         x = stage.run(x, stage.info(batch))
@@ -178,7 +178,7 @@ def make_pipe_module(stage: GPT, parallel: ParallelContext) -> Any:
             return loss
 
     topology = PipeModelDataParallelTopology(
-        num_pp=parallel.pipeline.size, num_mp=parallel.tensor.size, num_dp=parallel.data.size
+        num_pp=parallel.pipeline.size, num_mp=parallel.tensor.size, num_dp=parallel.replicas.size
     )
     layers = [nn.Identity() for _ in range(parallel.pipeline.size)]
     return StageModule(layers, topology=topology, seed_layers=False)

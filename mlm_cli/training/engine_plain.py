@@ -62,7 +62,7 @@ class PlainEngine:
         self.updates, self._taken = 0, accumulation  # micro-batches of the update under way
         self._slots = [self._make_slot(name, p, dtype) for name, p in model.named_parameters() if p.requires_grad]
         self._flat: Tensor | None = None
-        if parallel.data.size > 1 or (accumulation > 1 and dtype != torch.float32):
+        if parallel.replicas.size > 1 or (accumulation > 1 and dtype != torch.float32):
             self._make_buffers()
         # A parameter that every tensor rank holds in full counts once in the norm.
         self._counted = [shard_of(slot.param) is not None or parallel.tensor.rank == 0 for slot in self._slots]
@@ -78,8 +78,8 @@ class PlainEngine:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        scale = 1.0 / (self._taken * self.parallel.data.size)
-        if self.parallel.data.size > 1:
+        scale = 1.0 / (self._taken * self.parallel.replicas.size)
+        if self.parallel.replicas.size > 1:
             self._reduce()
         norm = self._norm() * scale
         if math.isfinite(norm):
@@ -134,7 +134,7 @@ class PlainEngine:
                 slot.buffer.zero_()  # unused here, but perhaps used on another rank
                 slot.filled = True
         for piece in self._flat.split(_BUCKET):
-            self.parallel.data.all_reduce_(piece)
+            self.parallel.replicas.all_reduce_(piece)
 
     def fragments(self) -> list[Fragment]:
         return [

@@ -60,6 +60,11 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "train__recompute": "full",
                 "train__rampup": RAMPUP,
             },
+            "context bf16 recomputed": {
+                "parallel": {"context": 2},
+                "train__precision": "bf16",
+                "train__recompute": "full",
+            },
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
