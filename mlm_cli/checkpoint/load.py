@@ -124,6 +124,8 @@ def _load_state(found: Found, engine: HasState, streams: Streams | None, paralle
         was = " x ".join(f"{axis} {size}" for axis, size in found.manifest.layout.items() if axis != "world")
         log.info(f"{found.folder.name} was written on another layout ({was}): its state was laid out anew")
     engine.updates = int(about["updates"])
+    if engine.scaler is not None and about.get("loss_scale"):
+        engine.scaler.load(about["loss_scale"])
     engine.refresh()
     return Position(int(about["step"]), int(about["consumed_samples"]), about["extra"])
 

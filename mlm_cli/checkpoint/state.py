@@ -54,10 +54,21 @@ class Fragment:
         return self.tensors["master"].numel()
 
 
+class LossScaler(Protocol):
+    """A loss scale that moves (``training.loss_scale``)."""
+
+    def state(self) -> dict[str, float]: ...
+
+    def load(self, state: Mapping[str, float]) -> None: ...
+
+
 class HasState(Protocol):
     """What a training engine shows of its state (``training.engine.Engine``)."""
 
     updates: int
+
+    @property
+    def scaler(self) -> LossScaler | None: ...
 
     def fragments(self) -> Sequence[Fragment]: ...
 
@@ -150,6 +161,7 @@ def collect_state(
         "consumed_samples": position.consumed_samples,
         "updates": engine.updates,
         "extra": position.extra,
+        "loss_scale": None if engine.scaler is None else engine.scaler.state(),
         "layout": layout_of(parallel),
         "place": {
             "world": parallel.world.rank,

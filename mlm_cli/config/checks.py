@@ -239,12 +239,32 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             f"`model.seq_length` {recipe.model.seq_length} is not a multiple of `parallel.tensor` {parallel.tensor}",
             "use `parallel.sequence=false`",
         )
+    yield from _offload(recipe)
     if train.compile and parallel.zero == 3:
         yield Mistake(
             ("train.compile", "parallel.zero"),
             "`train.compile` cannot follow weights that `parallel.zero` 3 gathers and lets go",
             "use `parallel.zero=2`, or `train.compile=false`",
         )
+
+
+def _offload(recipe: Recipe) -> Iterator[Mistake]:
+    parallel, keys = recipe.parallel, ("parallel.offload", "parallel.zero", "train.engine")
+    if parallel.offload == "nvme":
+        yield Mistake(
+            keys[:1],
+            "`parallel.offload` nvme: a checkpoint could not be read back into state that lies on a disk",
+            "use `parallel.offload=cpu`, with `parallel.zero=3` over more ranks where memory is short",
+        )
+    elif parallel.offload == "cpu" and (parallel.zero != 3 or recipe.train.engine == "plain"):
+        yield Mistake(
+            keys,
+            "`parallel.offload` goes with `parallel.zero` 3 alone: at 1 and 2 DeepSpeed would add gradients up "
+            "in half precision",
+            "use `parallel.zero=3` and `train.engine=auto`, or `parallel.offload=none`",
+        )
+    elif parallel.offload == "cpu" and recipe.task is not None:
+        yield Mistake(keys[:1], "`parallel.offload` is for pretraining alone", "use `parallel.offload=none`")
 
 
 def _context(recipe: Recipe, verb: str) -> Iterator[Mistake]:

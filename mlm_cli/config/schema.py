@@ -108,9 +108,11 @@ class TrainSection(Section):
         default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
     )
     rampup: RampupSection | None = Field(default=None, description="begin with smaller global batches; unset: do not")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the processor has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the processor has it; fp16 with dynamic loss scaling"
     )
+    initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: halved after gradients that overflow")
+    loss_scale_window: int = Field(default=1000, ge=1, description="fp16: steps without overflow that double the scale")
     clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
     recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
     engine: Literal["auto", "deepspeed", "plain"] = Field(
@@ -182,6 +184,10 @@ class ParallelSection(Section):
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="cpu, with `zero` 3: weights, masters and moments live in the host's memory, where the update runs",
     )
 
 

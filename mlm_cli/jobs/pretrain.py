@@ -187,8 +187,9 @@ def _build_engine(
     """``fresh``: with initial weights; else a checkpoint will fill them in."""
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=fresh)
+    offload = recipe.parallel.offload == "cpu"
     engine = build_engine(
-        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel),
+        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel, offload=offload),
         model,
         parallel,
         optimizer_settings(recipe),
@@ -196,6 +197,7 @@ def _build_engine(
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
         zero=recipe.parallel.zero,
+        offload=offload,
         config_file=config_file,
     )
     return model, engine, streams
@@ -311,7 +313,7 @@ def _build_validator(
 
 
 def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
-    label = "bf16" if dtype == torch.bfloat16 else "fp32"
+    label = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     context = f" x context {parallel.context.size}" if parallel.context.size > 1 else ""
     layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size}{context} x data {parallel.data.size}"
     log.info(

@@ -61,6 +61,8 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
         eps=section.eps,
         weight_decay=section.weight_decay,
         clip_grad=recipe.train.clip_grad,
+        loss_scale=recipe.train.initial_loss_scale,
+        loss_scale_window=recipe.train.loss_scale_window,
     )
 
 

@@ -7,7 +7,6 @@ one fastest, as ``ParallelContext`` numbers the ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -83,15 +82,8 @@ class PipelineEngine(DeepSpeedEngine):
         self.parallel.pipeline.broadcast_(found, source=self.parallel.pipeline.size - 1)
         return [Outcome(row[0].float(), {"tokens": row[1]}) for row in found]
 
-    def step(self, lr: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.updates = self.updates + 1
+    def _take_step(self) -> None:
         self._deepspeed._exec_optimizer_step()
-        if not self._deepspeed.was_step_applied():
-            return math.inf
-        self.updates += 1
-        return float(self._zero._global_grad_norm)
 
     def fragments(self) -> list[Fragment]:
         copied = self._stage_model.has_head and not self._stage_model.has_embedding

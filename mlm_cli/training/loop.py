@@ -119,13 +119,16 @@ def train(
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
         if trouble is None:
             grad_norm = engine.step(lr)
-            trouble = None if math.isfinite(grad_norm) else Trouble(step, "gradient", grad_norm)
+            trouble = None if math.isfinite(grad_norm) or engine.overflowed else Trouble(step, "gradient", grad_norm)
         else:
             engine.discard()
 
         # where training stands now; after trouble: behind the step without its update, or back at a checkpoint
         if trouble is None:
-            tokens = int(position.extra.get("tokens", 0)) + report.tokens
+            learned = (
+                0 if engine.overflowed else report.tokens
+            )  # of float16: the update is passed over, the batch is fine
+            tokens = int(position.extra.get("tokens", 0)) + learned
             position = position.after(step, samples, tokens=tokens)
             position = numerics.accept(report.loss, position)
         else:
@@ -156,7 +159,11 @@ def train(
             except Interrupted as interrupted:
                 cause = interrupted.cause
         last = step == plan.steps or cause is not None
-        known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
+        known: dict[str, float] = {"skipped": True}
+        if trouble is None:
+            known = {"loss": report.loss, **({"overflow": True} if engine.overflowed else {"grad_norm": grad_norm})}
+        if engine.scaler is not None:
+            known["loss_scale"] = engine.scaler.scale
         told = numerics.take_record()
         record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
         monitor.record(step, record, force=bool(values or told) or last)
