@@ -114,7 +114,9 @@ class TrainSection(Section):
     initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: halved after gradients that overflow")
     loss_scale_window: int = Field(default=1000, ge=1, description="fp16: steps without overflow that double the scale")
     clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
-    recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activation checkpointing of each layer; selective: of its attention scores alone"
+    )
     engine: Literal["auto", "deepspeed", "plain"] = Field(
         default="auto",
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",

@@ -13,6 +13,7 @@ from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.errors import RankLostError
+from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.gpt import GPT
 from mlm_cli.parallel.context import ParallelContext
@@ -46,6 +47,9 @@ def prepare_for_training(gpt: GPT, recipe: Recipe, parallel: ParallelContext, dt
     """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
     gpt.dtype = dtype
     gpt.recompute = recipe.train.recompute == "full"
+    for module in gpt.modules():
+        if isinstance(module, SelfAttention):
+            module.recompute = recipe.train.recompute == "selective"
     streams = RandomStreams(parallel, recipe.seed)
     gpt.set_streams(streams)
     if recipe.train.compile:

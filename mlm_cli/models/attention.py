@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
@@ -41,6 +42,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
         self.kind, self.dropout = model.attention, model.attention_dropout
         self.streams: RandomStreams | None = None
+        self.recompute = False  # scores and probabilities are worked out again in the backward pass
         blocks = (query, key, key)
         self.qkv = ColumnParallelLinear(
             model.hidden_size, sum(blocks), group, blocks=blocks, init_std=model.init_std, **options
@@ -65,8 +67,19 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info, dropout)
+        attend = self._attend_again if self.recompute and torch.is_grad_enabled() else self._attend
+        out = attend(query, key, value, info, dropout)
         return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
+
+    def _attend_again(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+        """Selective recomputation (Korthikanti et al. 2022, section 5): most of the memory for little of the work.
+
+        What is not kept grows with the square of the sequence; query, key and value are.
+        """
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+        if dropout and self.streams is not None:
+            options["context_fn"] = self.streams.recompute_contexts
+        return checkpoint(self._attend, query, key, value, info, dropout, **options)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""

@@ -57,6 +57,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "plain fp32": {},
             "plain bf16": {"train__precision": "bf16"},
             "plain bf16 recomputed": {"train__precision": "bf16", "train__recompute": "full"},
+            "plain fp32 recomputed in part": {"train__recompute": "selective", "model__attention": "fused"},
             "plain fp16": {"train": FP16},
             "plain bf16 growing": {"train__precision": "bf16", "train__rampup": RAMPUP},
             "deepspeed fp32": {"train__engine": "deepspeed"},
