@@ -88,7 +88,7 @@ def save_model_folder(
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer)
     layout = LAYOUTS[hub_layout(model.config)]
-    if model.parallel.data.rank != 0:
+    if model.parallel.replicas.rank != 0:
         return {}
     first_slice = model.parallel.tensor.rank == 0 and model.parallel.pipeline.rank == 0
     writer = _Writer(Path(folder), first_slice, later, on_bytes)

@@ -18,7 +18,8 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import check_slices, ffn_hidden_size, num_query_groups
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError
-from mlm_cli.models.gpt import GPT, build_gpt
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import Shard, assemble, full_shape, shard_of, slice_full
 

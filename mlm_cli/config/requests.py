@@ -15,6 +15,19 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
+class ReplayRequest:
+    """Take a step of a run again, and compare.
+
+    Attributes:
+        run: the run folder; nothing in it is changed.
+        step: which step; None: the one that made the newest checkpoint, whose state is then compared too.
+    """
+
+    run: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """Score ``model`` on ``tasks``.
 

@@ -23,7 +23,7 @@ SHARED = {
 }
 TALK = {"--format", "--quiet -q", "--verbose -v"}
 FROZEN: dict[str, set[str]] = {
-    "pretrain": SHARED,
+    "pretrain": SHARED | {"--verify", "--replay"},
     "finetune": SHARED,
     "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit", "--ensemble"},
     "generate": SHARED
