@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert
+from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
@@ -20,7 +20,7 @@ from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
-LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert)}
+LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_own)}
 # What a task head replaces: its model has no output layer over the vocabulary.
 _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -52,6 +52,7 @@ def load_model_folder(
     device: torch.device | str | None = None,
     head_optional: bool = False,
     changes: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
 
@@ -64,6 +65,7 @@ def load_model_folder(
         changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
             ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
             (Beltagy et al. 2020, section 5).
+        on_bytes: told the bytes of each parameter filled.
 
     Raises:
         CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
@@ -82,7 +84,7 @@ def load_model_folder(
         check_slices(section, parallel.tensor.size)
         model = build_model(section, parallel, dtype=dtype, init=False)
         layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
-        _fill(model, files, layout, extra=_head_tensors(config, files), num_positions=num_positions)
+        _fill(model, files, layout, _head_tensors(config, files), num_positions, on_bytes)
     return model, section
 
 
@@ -97,7 +99,10 @@ def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if name.startswith(known)} if _is_headless(config) else set()
 
 
-def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int) -> None:
+def _fill(
+    model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int,
+    on_bytes: Callable[[int], None] | None,
+) -> None:  # fmt: skip
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():
@@ -107,6 +112,11 @@ def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num
             param.data.copy_(stored[torch.arange(param.shape[0], device=stored.device) % num_positions])
             continue
         _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
+        if on_bytes is not None:
+            on_bytes(param.numel() * param.element_size())
+    if model.parallel.pipeline.size > 1:  # what other stages read is known too
+        sources = [source for entry in layout.entries.values() for source in entry.sources]
+        used.update(found for source in sources if (found := _find(source, files, layout)) is not None)
     for name, shape in layout.zeros.items():
         found = _find(name, files, layout)
         if found is not None:

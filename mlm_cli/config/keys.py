@@ -17,7 +17,7 @@ PATH_KEYS = ("output", "data.path", "data.train", "data.valid", "data.test", "ta
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
 
 # Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.
-OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling")
+OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling", "experts")
 
 # What the same thing is called elsewhere: Megatron-LM, transformers, DeepSpeed, litgpt.
 _FOREIGN = {

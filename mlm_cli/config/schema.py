@@ -55,6 +55,18 @@ class RotaryScalingSection(Section):
     beta_slow: float = Field(default=1.0, gt=0, description="yarn: fewer turns than this are divided by factor")
 
 
+class ExpertsSection(Section):
+    """A mixture of experts in place of feed-forward layers."""
+
+    num_experts: int = Field(default=8, ge=2)
+    top_k: Literal[1, 2] = Field(default=1, description="experts a token goes to")
+    every: int = Field(default=1, ge=1, description="each n-th layer has experts, the others a plain feed-forward")
+    capacity_factor: float = Field(
+        default=1.25, gt=0, description="tokens an expert takes in training, as a multiple of an even share"
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="weight of the loss that keeps experts evenly busy")
+
+
 class ModelSection(Section):
     """Architecture. GPT-2, Llama, BERT and T5 are settings of one transformer layer."""
 
@@ -94,6 +106,9 @@ class ModelSection(Section):
     norm_eps: float = Field(default=1e-5, gt=0)
     activation: Literal["gelu", "gelu_erf", "relu", "swiglu", "geglu"] = Field(
         default="gelu", description="gelu: the tanh form of GPT-2; swiglu and geglu are gated"
+    )
+    experts: ExpertsSection | None = Field(
+        default=None, description="gpt: a mixture of experts; unset: every token meets every weight"
     )
     bias: bool = Field(default=True, description="biases in linear layers")
     tie_embeddings: bool = True
@@ -174,11 +189,15 @@ class TrainSection(Section):
         default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
     )
     rampup: RampupSection | None = Field(default=None, description="begin with smaller global batches; unset: do not")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the processor has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the processor has it; fp16 with dynamic loss scaling"
     )
+    initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: halved after gradients that overflow")
+    loss_scale_window: int = Field(default=1000, ge=1, description="fp16: steps without overflow that double the scale")
     clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
-    recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activation checkpointing of each layer; selective: of its attention scores alone"
+    )
     engine: Literal["auto", "deepspeed", "plain"] = Field(
         default="auto",
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
@@ -239,9 +258,19 @@ class ParallelSection(Section):
     sequence: bool = Field(
         default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="gpt: copies of the model that share out the tokens of each sample, for long ones; in attention"
+        " they share out the heads (DeepSpeed-Ulysses)",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="cpu, with `zero` 3: weights, masters and moments live in the host's memory, where the update runs",
     )
 
 

@@ -119,7 +119,7 @@ class Model(nn.Module):
     def boundary(self, batch: Batch) -> tuple[int, ...]:
         """Shape of what travels between two stages for ``batch``."""
         b, s = batch["tokens"].shape
-        return b, s // self.parallel.sequence.size, self.config.hidden_size
+        return b, s // (self.parallel.context.size * self.parallel.sequence.size), self.config.hidden_size
 
     def _recomputed(self, layer: nn.Module, x: Tensor, info: Any) -> Tensor:
         """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""
