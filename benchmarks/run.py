@@ -19,6 +19,8 @@ BENCHMARKS = {
     "ops": ["ops.py"],
     "pretrain": ["pretrain.py", "--layouts"],
     "generate": ["generate.py"],
+    "checkpoint": ["checkpoint.py"],
+    "megatron_core": ["megatron_core.py"],
 }
 
 
