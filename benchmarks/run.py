@@ -22,6 +22,7 @@ BENCHMARKS = {
     "generate": ["generate.py"],
     "checkpoint": ["checkpoint.py"],
     "megatron_core": ["megatron_core.py"],
+    "sparse_attention": ["sparse_attention.py"],
 }
 
 
