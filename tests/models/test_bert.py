@@ -10,7 +10,7 @@ import pytest
 import torch
 from models.bert_models import SECTIONS, make_batch, shake
 
-from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.schema import AttentionSection, ModelSection
 from mlm_cli.models.bert import Bert
 from mlm_cli.models.count import count_parameters, layer_counts, parameter_parts
 from mlm_cli.models.registry import build_model
@@ -64,7 +64,7 @@ def test_flops_are_those_torch_counts() -> None:
 @pytest.mark.parametrize("kind", ["original", "megatron"])
 def test_padding_changes_nothing(kind: str, attention: str) -> None:
     """A text alone, and with padding behind it: the same states and gradients, whatever the attention."""
-    model = build_model(SECTIONS[kind].model_copy(update={"attention": attention}), ONE).eval()
+    model = build_model(SECTIONS[kind].model_copy(update={"attention": AttentionSection(kernel=attention)}), ONE).eval()
     assert isinstance(model, Bert)
     shake(model)
     tokens, types = torch.randint(1, 130, (2, 9)), torch.zeros(2, 24, dtype=torch.long)
@@ -89,7 +89,8 @@ def test_bfloat16_attention_in_blocks_sees_both_ways(full: bool) -> None:
     lengths = torch.tensor([600, 600 if full else 333])
     gradients = []
     for dtype, attention in ((torch.float32, "reference"), (torch.bfloat16, "auto")):
-        model = build_model(section.model_copy(update={"attention": attention}), ONE, dtype=dtype, seed=4)
+        changed = section.model_copy(update={"attention": AttentionSection(kernel=attention)})
+        model = build_model(changed, ONE, dtype=dtype, seed=4)
         assert isinstance(model, Bert)
         model.hidden(tokens, lengths=lengths)[:, :300].float().square().sum().backward()
         gradients.append(model.layers[0].attention.qkv.weight.grad.float())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.schema import AttentionSection, ModelSection
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
@@ -161,7 +161,8 @@ def test_one_rank_recomputes_with_the_same_dropout() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_selective_recomputation_keeps_no_scores(dropout: float) -> None:
     """What is kept for the backward pass no longer grows with the square of the sequence."""
-    section = MODELS["llama"].model_copy(update={"attention": "fused", "attention_dropout": dropout})
+    changes = {"attention": AttentionSection(kernel="fused"), "attention_dropout": dropout}
+    section = MODELS["llama"].model_copy(update=changes)
     model = build_gpt(section, ParallelContext.single(), seed=3).train()
     kept: dict[bool, int] = {}
     for recompute in (False, True):
