@@ -73,6 +73,24 @@ class WeightedPrefix(Section):
     weight: float = Field(default=1.0, gt=0)
 
 
+class MaskingSection(Section):
+    """bert: which tokens are hidden and have to be predicted."""
+
+    probability: float = Field(default=0.15, gt=0, lt=1, description="share of a sample's tokens")
+    max_ngram: int = Field(default=3, ge=1, description="longest run of words hidden together, n with chance ~ 1/n")
+    whole_words: bool = Field(default=True, description="all pieces of a word or none; false: single tokens")
+    short_sequences: float = Field(
+        default=0.1, ge=0, le=1, description="share of samples cut to a random length, as short as tasks may be"
+    )
+
+
+class SpanCorruptionSection(Section):
+    """t5: which spans are masked and have to be spelled out."""
+
+    probability: float = Field(default=0.15, gt=0, lt=1, description="share of a text's tokens")
+    mean_length: float = Field(default=3.0, ge=1, description="mean tokens of a span")
+
+
 class DataSection(Section):
     """Indexed data sets (prefix without .bin/.idx): one path with a split, or separate train/valid/test."""
 
@@ -81,7 +99,13 @@ class DataSection(Section):
     train: str | tuple[WeightedPrefix, ...] | None = None
     valid: str | tuple[WeightedPrefix, ...] | None = None
     test: str | tuple[WeightedPrefix, ...] | None = None
-    mask_documents: bool = Field(default=False, description="no attention across document boundaries inside a sample")
+    mask_documents: bool = Field(
+        default=False, description="gpt: no attention across document boundaries inside a sample"
+    )
+    masking: MaskingSection = Field(default=MaskingSection(), description="bert: the tokens to predict")
+    span_corruption: SpanCorruptionSection = Field(
+        default=SpanCorruptionSection(), description="t5: the spans to spell out"
+    )
     num_workers: int = Field(default=0, ge=0, description="loader processes a rank")
 
     @field_validator("split")

@@ -1,20 +1,26 @@
 """The recipe's ``data`` section -> the sample sources of train, valid and test, checked before the first step.
 
-What a source is lies in ``packed.py``.
+What a source is lies in ``packed.py``; the samples of each family in ``packed.py``, ``bert_samples.py`` and
+``t5_samples.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlm_cli import log
+from mlm_cli.data.bert_samples import BertSamples
 from mlm_cli.data.indexed import IndexedDataset
-from mlm_cli.data.packed import GPTSamples, SampleSource
+from mlm_cli.data.packed import GPTSamples, Samples, SampleSource
 from mlm_cli.data.sidecar import load_sidecar
+from mlm_cli.data.span_corruption import lengths_for
+from mlm_cli.data.special_tokens import bert_tokens, t5_tokens
 from mlm_cli.data.split import SPLITS, split_documents
+from mlm_cli.data.t5_samples import T5Samples
 from mlm_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -44,10 +50,12 @@ def open_training_data(
         tokenizer: data made with another one is an error. None: not checked (gpt only).
 
     Raises:
-        UsageError: the section names no training data, or both ``path`` and ``train``.
-        DataError: files that do not open, another tokenizer, ids outside the vocabulary, too few tokens.
+        UsageError: the section names no training data, or both ``path`` and ``train``; what the family cannot do.
+        DataError: files that do not open, another tokenizer, one without the special tokens of the family, ids outside
+            the vocabulary, too few tokens.
     """
-    _check_section(data)
+    _check_section(data, model)
+    build = _builder(data, model, tokenizer, seed)
     opened: dict[str, IndexedDataset] = {}
 
     def parts_of(entry: str | Sequence[WeightedPrefix]) -> list[tuple[IndexedDataset, float]]:
@@ -64,7 +72,7 @@ def open_training_data(
         if entry is None:
             sources[split] = None
             continue
-        found: list[tuple[GPTSamples, float]] = []
+        found: list[tuple[Samples, float]] = []
         for stream, (dataset, weight) in enumerate(parts_of(entry)):
             documents = None if own is not None else split_documents(data.split, dataset.num_documents)[split]
             name = str(dataset.prefix) if own is not None else f"the {split} split of {dataset.prefix}"
@@ -72,16 +80,7 @@ def open_training_data(
                 _say_left_out(split, f"{name} holds no documents (data.split {data.split})")
                 continue
             try:
-                samples = GPTSamples(
-                    dataset,
-                    documents,
-                    seq_length=model.seq_length,
-                    seed=seed,
-                    stream=stream * len(SPLITS) + number,
-                    mask_documents=data.mask_documents,
-                    vocab_size=model.vocab_size,
-                    name=name,
-                )
+                samples = build(dataset, documents, stream=stream * len(SPLITS) + number, name=name)
             except DataError as error:
                 if own is not None or split == "train" or not dataset.one_stream:
                     raise
@@ -93,7 +92,42 @@ def open_training_data(
     return sources
 
 
-def _check_section(data: DataSection) -> None:
+def _builder(data: DataSection, model: ModelSection, tokenizer: Tokenizer | None, seed: int) -> Callable[..., Samples]:
+    """What makes samples of the model's family: ``build(dataset, documents, stream=, name=)``."""
+    length = model.seq_length
+    if model.family == "gpt":
+        masked = data.mask_documents
+        return partial(GPTSamples, seq_length=length, seed=seed, mask_documents=masked, vocab_size=model.vocab_size)
+    if tokenizer is None:
+        raise UsageError(f"`model.family` {model.family} needs a tokenizer's special tokens", hint="set `tokenizer`")
+    if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"`model.vocab_size` {model.vocab_size:,} is less than the {tokenizer.vocab_size:,} tokens of `tokenizer`",
+            hint="leave `model.vocab_size` out",
+        )
+    if model.family == "bert":
+        head, tokens = model.binary_head, bert_tokens(tokenizer)
+        return partial(BertSamples, seq_length=length, seed=seed, binary_head=head, masking=data.masking, tokens=tokens)
+    section = data.span_corruption
+    if length < 4:
+        raise UsageError(f"`model.seq_length` {length} is too short to mask a span", hint="use 16 or more")
+    lengths = lengths_for(length, section.probability, section.mean_length)
+    return partial(
+        T5Samples,
+        lengths=lengths,
+        decoder_seq_length=model.decoder_seq_length,
+        seed=seed,
+        section=section,
+        tokens=t5_tokens(tokenizer, lengths.num_spans),
+    )
+
+
+def _check_section(data: DataSection, model: ModelSection) -> None:
+    if data.mask_documents and model.family != "gpt":
+        raise UsageError(
+            f"`data.mask_documents` is for `model.family` gpt, not {model.family}",
+            hint="leave `data.mask_documents` out",
+        )
     if data.path is None and data.train is None:
         raise UsageError("the recipe names no training data", hint="set data.path, or data.train and data.valid")
     if data.path is not None and data.train is not None:

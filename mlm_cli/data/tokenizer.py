@@ -6,8 +6,10 @@ import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 # tried in this order where no file names the end-of-sequence token; [SEP] is what ends a text for BERT
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
+# what a role's token is called where no file names it; special tokens only
+_ROLES = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _SPACE = "\u2581"
 
 
@@ -48,7 +58,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: largest id + 1, added tokens included.
-        eod_id: ends a document (None if the tokenizer has no such token); bos_id, pad_id, unk_id: likewise.
+        eod_id: ends a document (None if the tokenizer has no such token); bos_id, pad_id, unk_id, cls_id, sep_id,
+            mask_id: likewise.
         fingerprint: sha256 of everything that decides the ids of a text; equal for copies in other file formats.
     """
 
@@ -58,6 +69,10 @@ class Tokenizer:
         self.definition = files.definition
         self._text = files.text
         self.special = {role: token for role, token in files.special.items() if token in self.token_ids}
+        for role, names in _ROLES.items():
+            known = next((name for name in names if self.token_ids.get(name) in self.special_ids), None)
+            if known is not None:
+                self.special.setdefault(role, known)
         self.vocab_size = max(self.token_ids.values()) + 1
         end = self.special.get("eos_token") or next((token for token in _END_TOKENS if token in self.token_ids), None)
         self.eod_token = end
@@ -65,6 +80,9 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
         self.pad_id = self._special_id("pad_token")
         self.unk_id = self._special_id("unk_token")
+        self.cls_id = self._special_id("cls_token")
+        self.sep_id = self._special_id("sep_token")
+        self.mask_id = self._special_id("mask_token")
 
     def _special_id(self, role: str) -> int | None:
         token = self.special.get(role)
@@ -84,6 +102,15 @@ class Tokenizer:
         """Ids of tokens that are markers, not text."""
         entries = self.definition.get("added_tokens") or []
         return frozenset(entry["id"] for entry in entries if entry.get("special"))
+
+    @cached_property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """Ids of ``<extra_id_0>``, ``<extra_id_1>`` ... as far as they go without a gap: T5's marks of masked spans."""
+        found = {}
+        for token, number in self.token_ids.items():
+            if match := _SENTINEL.fullmatch(token):
+                found[int(match.group(1))] = number
+        return tuple(found[number] for number in takewhile(found.__contains__, count()))
 
     @cached_property
     def fingerprint(self) -> str:
