@@ -30,6 +30,7 @@ FROZEN: dict[str, set[str]] = {
     | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
     | {"--repetition-penalty", "--stop", "--batch-size"},
     "plan": SHARED | {"--device-tflops", "--mfu"},
+    "report": TALK | {"--output -o", "--smooth"},
     "doctor": TALK,
     "recipe ls": TALK,
     "recipe show": TALK | {"--recipe", "--output -o", "--resolved"},
