@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
+from mlm_cli.config.family_checks import check_family
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, Recipe
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.config.shapes import (
+    ffn_hidden_size,
+    head_dim,
+    hub_layout,
+    num_decoder_layers,
+    num_query_groups,
+    padded_vocab_size,
+)
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -25,6 +33,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
     """
     found: list[Mistake] = []
     if verb in ("pretrain", "plan"):
+        found += check_family(recipe)
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
@@ -220,11 +229,12 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             "and weights over many micro-batches",
             "use `parallel.zero=1` and `train.engine=auto`, or `parallel.pipeline=1`",
         )
-    if parallel.pipeline > recipe.model.num_layers:
+    layers = recipe.model.num_layers + (num_decoder_layers(recipe.model) if recipe.model.family == "t5" else 0)
+    if parallel.pipeline > layers:
         yield Mistake(
             ("parallel.pipeline", "model.num_layers"),
-            f"`model.num_layers` {recipe.model.num_layers} cannot fill `parallel.pipeline` {parallel.pipeline} stages",
-            f"use `parallel.pipeline={recipe.model.num_layers}` or less",
+            f"`model.num_layers` {layers} cannot fill `parallel.pipeline` {parallel.pipeline} stages",
+            f"use `parallel.pipeline={layers}` or less",
         )
     if parallel.pipeline > 1 and recipe.init_from is not None:
         yield Mistake(

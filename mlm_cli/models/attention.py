@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli import ops
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import head_dim, num_query_groups, output_init_std
+from mlm_cli.config.shapes import attention_scale, head_dim, num_query_groups
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
@@ -36,13 +37,12 @@ class SelfAttention(nn.Module):
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
-        self.kind, self.dropout = model.attention, model.attention_dropout
+        self.kind, self.dropout, self.scale = model.attention, model.attention_dropout, attention_scale(model)
         self.streams: RandomStreams | None = None
-        blocks = (query, key, key)
-        self.qkv = ColumnParallelLinear(
-            model.hidden_size, sum(blocks), group, blocks=blocks, init_std=model.init_std, **options
-        )
-        self.out = RowParallelLinear(query, model.hidden_size, group, init_std=output_init_std(model), **options)
+        blocks, stds = (query, key, key), initial_std(model)
+        std = stds.query if stds.query == stds.key else (stds.query, stds.key, stds.key)
+        self.qkv = ColumnParallelLinear(model.hidden_size, sum(blocks), group, blocks=blocks, init_std=std, **options)
+        self.out = RowParallelLinear(query, model.hidden_size, group, init_std=stds.attention_out, **options)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
@@ -50,8 +50,16 @@ class SelfAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
         b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self.kind == "auto" and not dropout and suits(heads):
-            out = attend_blocked(heads, info.rotary, info.visible, self.num_heads, causal=info.causal)
+        if cache is None and self.kind == "auto" and not dropout and suits(heads, info.bias):
+            out = attend_blocked(
+                heads,
+                info.rotary,
+                info.visible,
+                self.num_heads,
+                causal=info.causal,
+                bias=info.bias,
+                scale=self.scale,
+            )
             return self.out(out.reshape(b, s, self.num_heads * self.dim))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
@@ -61,28 +69,37 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info, dropout)
+        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
+            out = attend(self.kind, query, key, value, info, self.scale, dropout)
         return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
-        """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
-        kind = self.kind
-        if kind == "auto":
-            # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.
-            kind = "fused" if dropout and query.device.type == "cpu" else "sdpa"
-        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
-            if kind == "sdpa":
-                return F.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    info.visible,
-                    dropout,
-                    is_causal=info.causal and info.visible is None and query.shape[2] > 1,
-                    enable_gqa=self.num_groups != self.num_heads,
-                )
-            attend = attend_fused if kind == "fused" else attend_reference
-            return attend(query, key, value, info, dropout)
+
+def attend(
+    kind: str, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, scale: float, dropout: float
+) -> Tensor:
+    """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``.
+
+    Args:
+        kind: ``model.attention``.
+        scale: of the scores, before ``info.bias`` is added.
+    """
+    if kind == "auto":
+        # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.
+        kind = "fused" if dropout and query.device.type == "cpu" else "sdpa"
+    if kind == "sdpa":
+        mask = info.visible if info.bias is None else info.bias.to(query.dtype)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            dropout,
+            is_causal=info.causal and mask is None and query.shape[2] > 1,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+    how = attend_fused if kind == "fused" else attend_reference
+    return how(query, key, value, info, scale, dropout)
 
 
 def _repeat_groups(query: Tensor, *grouped: Tensor) -> list[Tensor]:
@@ -91,24 +108,31 @@ def _repeat_groups(query: Tensor, *grouped: Tensor) -> list[Tensor]:
     return [x if times == 1 else x.repeat_interleave(times, 1) for x in grouped]
 
 
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, scale: float, dropout: float
+) -> Tensor:
     """Attention around the fused softmax kernels: scores exist, their masked and scaled copies do not."""
     key, value = _repeat_groups(query, key, value)
-    scale = 1.0 / math.sqrt(query.shape[-1])
     scores = query @ key.transpose(-1, -2)
-    if info.causal and info.visible is None:
+    if info.bias is not None:
+        probs = ops.scaled_masked_softmax(scores, info.bias, scale, dropout)
+    elif info.causal and info.visible is None:
         probs = ops.scaled_causal_softmax(scores, scale, offset=info.offset, dropout=dropout)
     else:
         probs = ops.scaled_masked_softmax(scores, None if info.visible is None else ~info.visible, scale, dropout)
     return probs @ value
 
 
-def attend_reference(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+def attend_reference(
+    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, scale: float, dropout: float
+) -> Tensor:
     """Attention as written in Vaswani et al. 2017, section 3.2.1, in float32."""
     key, value = _repeat_groups(query, key, value)
-    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores = query.float() @ key.float().transpose(-1, -2) * scale
     visible = info.visible
-    if visible is None and info.causal:
+    if info.bias is not None:
+        scores = scores + info.bias
+    elif visible is None and info.causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)

@@ -25,6 +25,8 @@ class SequenceInfo:
         offset: keys in the cache before the first of these tokens.
         causal: no token sees a later one (``visible`` has that in it already).
         token_types: ``[b, s]``, which sentence a token is of, for models that have an embedding of it.
+        bias: float ``[b or 1, n, s, keys]``, added to the scores of each head; -inf where a token may not look, so that
+            it stands for ``visible`` and ``causal`` too. May need a gradient.
     """
 
     positions: Tensor
@@ -33,6 +35,7 @@ class SequenceInfo:
     offset: int = 0
     causal: bool = True
     token_types: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def build_info(
