@@ -86,6 +86,12 @@ def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContex
     section, config = read_model_config(folder)
     if any("Classification" in str(name) for name in config.get("architectures", list, [])):
         raise UsageError(f"{request.model} is a classifier: it predicts no text", hint="use --task classification")
+    if section.family != "gpt":
+        what = {"bert": "a masked language model", "t5": "an encoder-decoder"}[section.family]
+        raise UsageError(
+            f"{request.model} is {what}: it gives no probability of each next word of a text",
+            hint="its loss on masked words is the `valid_loss` of pretraining; perplexity is for family gpt",
+        )
     tokenizer = agree.all_succeed(lambda: _tokenizer(request, folder, section))
     length = _context_length(request, section)
     documents = agree.all_succeed(lambda: open_documents(request.data, tokenizer, limit=request.limit))

@@ -99,7 +99,7 @@ def attend(
             enable_gqa=key.shape[1] != query.shape[1],
         )
     how = attend_fused if kind == "fused" else attend_reference
-    return how(query, key, value, info, scale, dropout)
+    return how(query, key, value, info, dropout, scale)
 
 
 def _repeat_groups(query: Tensor, *grouped: Tensor) -> list[Tensor]:
@@ -109,10 +109,11 @@ def _repeat_groups(query: Tensor, *grouped: Tensor) -> list[Tensor]:
 
 
 def attend_fused(
-    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, scale: float, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float, scale: float | None = None
 ) -> Tensor:
     """Attention around the fused softmax kernels: scores exist, their masked and scaled copies do not."""
     key, value = _repeat_groups(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query @ key.transpose(-1, -2)
     if info.bias is not None:
         probs = ops.scaled_masked_softmax(scores, info.bias, scale, dropout)
@@ -124,10 +125,11 @@ def attend_fused(
 
 
 def attend_reference(
-    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, scale: float, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float, scale: float | None = None
 ) -> Tensor:
     """Attention as written in Vaswani et al. 2017, section 3.2.1, in float32."""
     key, value = _repeat_groups(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query.float() @ key.float().transpose(-1, -2) * scale
     visible = info.visible
     if info.bias is not None:
