@@ -46,10 +46,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = transformers.T5ForConditionalGeneration(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if name.endswith("wo.weight"):  # large enough that what was said is not just said again
-                param.normal_(std=0.3)
-            if "relative" in name:
+            if name.endswith(("wo.weight", "o.weight")):  # large enough that what was said is not just said again
                 param.normal_(std=1.0)
+            if "relative" in name:
+                param.normal_(std=2.0)
     model.eval().save_pretrained(folder)
     save_tokenizer(folder, TEXTS)
     return Pair(folder, model)
