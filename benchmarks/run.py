@@ -18,6 +18,7 @@ BENCHMARKS = {
     "preprocess": ["preprocess.py"],
     "ops": ["ops.py"],
     "pretrain": ["pretrain.py", "--layouts"],
+    "bert": ["bert.py"],
     "generate": ["generate.py"],
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_t5
+from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own, map_t5
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
@@ -20,7 +20,7 @@ from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
-LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5)}
+LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
 # What a task head replaces: its model has no output layer over the vocabulary.
 _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 

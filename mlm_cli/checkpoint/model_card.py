@@ -9,7 +9,14 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, num_decoder_layers, num_query_groups
 from mlm_cli.models.count import count_parameters
 
-_STYLE = {"gpt2": "GPT-2 style", "llama": "Llama style", "bert": "BERT", "megatron-bert": "Megatron-LM BERT", "t5": "T5"}
+_STYLE = {
+    "gpt2": "GPT-2 style",
+    "llama": "Llama style",
+    "bert": "BERT",
+    "megatron-bert": "Megatron-LM BERT",
+    "t5": "T5",
+    "mlm": "mixture-of-experts",
+}
 _KIND = {"gpt": "causal language model", "bert": "masked language model", "t5": "encoder-decoder"}
 _PIPELINE = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 
@@ -37,6 +44,8 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
     }
     facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
     kind = "text classifier" if classifier else _KIND[model.family]
+    layout = hub_layout(model)
+    outside = "" if layout == "mlm" else f"as `{architecture}` in `transformers`, and "
     lines = [
         "---",
         "library_name: transformers",
@@ -47,8 +56,7 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         "",
         f"# {meta.get('name', 'A model trained with mlm')}",
         "",
-        f"A {_STYLE[hub_layout(model)]} {kind}. Opens as `{architecture}` in `transformers`,",
-        "and wherever `mlm` takes a MODEL of its kind.",
+        f"A {_STYLE[layout]} {kind}. Opens {outside}wherever `mlm` takes a MODEL of its kind.",
         "",
         "## The model",
         "",

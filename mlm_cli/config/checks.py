@@ -8,7 +8,7 @@ from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.family_checks import check_family
 from mlm_cli.config.mistakes import Mistake
-from mlm_cli.config.schema import DataSection, Recipe
+from mlm_cli.config.schema import DataSection, ModelSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
     head_dim,
@@ -81,6 +81,9 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
         ("model.num_query_groups", groups),
         ("model.ffn_hidden_size", ffn_hidden_size(model)),
     ]
+    if model.experts is not None:
+        sliced.append(("model.experts.num_experts", model.experts.num_experts))
+        yield from _experts(model)
     for key, size in sliced:
         if size % tensor and (key != "model.num_query_groups" or groups != heads):
             yield Mistake(
@@ -103,6 +106,21 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     except UsageError as error:
         keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
         yield Mistake(keys, error.message, error.hint)
+
+
+def _experts(model: ModelSection) -> Iterator[Mistake]:
+    if model.family != "gpt":
+        yield Mistake(
+            ("model.experts", "model.family"),
+            f"`model.experts` are for decoders (`model.family` gpt), not for {model.family}",
+            "use `model.experts=null`",
+        )
+    elif model.experts is not None and model.experts.every > model.num_layers:
+        yield Mistake(
+            ("model.experts.every", "model.num_layers"),
+            f"`model.experts.every` {model.experts.every} gives none of the {model.num_layers} layers experts",
+            f"use `model.experts.every={min(2, model.num_layers)}`",
+        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:

@@ -19,6 +19,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class ExpertsSection(Section):
+    """A mixture of experts in place of feed-forward layers."""
+
+    num_experts: int = Field(default=8, ge=2)
+    top_k: Literal[1, 2] = Field(default=1, description="experts a token goes to")
+    every: int = Field(default=1, ge=1, description="each n-th layer has experts, the others a plain feed-forward")
+    capacity_factor: float = Field(
+        default=1.25, gt=0, description="tokens an expert takes in training, as a multiple of an even share"
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="weight of the loss that keeps experts evenly busy")
+
+
 class ModelSection(Section):
     """Architecture. GPT-2, Llama, BERT and T5 are settings of one transformer layer."""
 
@@ -57,6 +69,9 @@ class ModelSection(Section):
     norm_eps: float = Field(default=1e-5, gt=0)
     activation: Literal["gelu", "gelu_erf", "relu", "swiglu", "geglu"] = Field(
         default="gelu", description="gelu: the tanh form of GPT-2; swiglu and geglu are gated"
+    )
+    experts: ExpertsSection | None = Field(
+        default=None, description="gpt: a mixture of experts; unset: every token meets every weight"
     )
     bias: bool = Field(default=True, description="biases in linear layers")
     tie_embeddings: bool = True

@@ -50,6 +50,11 @@ def is_gated(model: ModelSection) -> bool:
     return model.activation in ("swiglu", "geglu")
 
 
+def has_experts(model: ModelSection, layer: int) -> bool:
+    """True where layer number ``layer`` (from 0) has a mixture of experts."""
+    return model.experts is not None and (layer + 1) % model.experts.every == 0
+
+
 def ffn_hidden_size(model: ModelSection) -> int:
     """Inner width of the feed-forward layer: 4h, or 8h/3 rounded up to 64 where gated (same number of weights)."""
     if model.ffn_hidden_size is not None:
@@ -65,11 +70,13 @@ def padded_vocab_size(model: ModelSection) -> int:
 
 
 def hub_layout(model: ModelSection) -> str:
-    """The Hugging Face architecture that holds this model: its ``model_type``.
+    """The Hugging Face architecture that holds this model: its ``model_type``; ``mlm`` for what only we can read.
 
     Raises:
         UsageError: none can; checkpoints could not be written.
     """
+    if model.experts is not None:
+        return "mlm"
     rules = _HUB_RULES[model.family]
     broken = {name: [rule for rule, kept in wanted(model).items() if not kept] for name, wanted in rules.items()}
     for name, missed in broken.items():
@@ -156,6 +163,8 @@ def check_slices(model: ModelSection, tensor: int) -> None:
         "feed-forward width": ffn_hidden_size(model),
         "padded vocabulary": padded_vocab_size(model),
     }
+    if model.experts is not None:
+        sizes["experts"] = model.experts.num_experts
     for what, size in sizes.items():
         if size % tensor:
             fits = max(t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values()))

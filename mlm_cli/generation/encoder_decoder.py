@@ -59,9 +59,7 @@ class EncoderDecoder(Decoder):
         slots.visible()  # tells the caches which rows are in use; what they may see is in the bias
         new = torch.tensor(tokens, device=model.parallel.device)[:, None]
         keys, visible = self._read.all()
-        hidden = model.decode(
-            new, slots.positions, list(slots.layers), keys, num_keys=slots.longest, visible=visible
-        )
+        hidden = model.decode(new, slots.positions, list(slots.layers), keys, num_keys=slots.longest, visible=visible)
         return model.gather_logits(model.logits(hidden))[:, 0]
 
 

@@ -37,6 +37,7 @@ from mlm_cli.jobs.training_parts import (
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
+from mlm_cli.models.experts import routing_statistics
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
@@ -145,6 +146,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             monitor=monitor,
             stop=session.stop,
             numerics=numerics,
+            statistics=(lambda: routing_statistics(model, parallel)) if recipe.model.experts else None,
         )
     return _finish(session, position, received)
 

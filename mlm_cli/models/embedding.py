@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.initial_std import initial_std
+from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import padded_vocab_size
 from mlm_cli.models.block import Masks, Norm
 from mlm_cli.models.info import SequenceInfo

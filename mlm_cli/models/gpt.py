@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch
     return [
         LayerSpec("embedding", lambda: Embedding(model, parallel, dtype), shared=words),
         *(
-            LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), costs[1 + i])
+            LayerSpec(f"layers.{i}", partial(Block, model, parallel, dtype, i), costs[1 + i])
             for i in range(model.num_layers)
         ),
         LayerSpec("final_norm", lambda: Norm(model, parallel, dtype)),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mlm_cli import log
 from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
+from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training import zero3
@@ -64,6 +65,7 @@ class DeepSpeedEngine:
         config_file: Path | None = None,
     ) -> None:
         self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
+        self._module = model
         self._updates, self._stage = 0, zero
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for _, parameter in self._named:
@@ -117,6 +119,7 @@ class DeepSpeedEngine:
         outcomes = []
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
             self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+        scale_losses(self._module, 1.0 / len(batches))
         for number, batch in enumerate(batches, start=1):
             loss, sums = self._deepspeed(objective, batch)
             self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlm_cli.checkpoint.state import Fragment
+from mlm_cli.models.experts import scale_losses
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
@@ -73,6 +74,7 @@ class PipelineEngine(DeepSpeedEngine):
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
             self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+        scale_losses(self._stage_model, 1.0 / len(batches))
         self._pipe.begin(objective, batches)
         self._deepspeed.train_batch(iter([(batch["tokens"], batch["labels"]) for batch in batches]))
         found = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.parallel.device)

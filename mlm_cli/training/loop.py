@@ -62,6 +62,7 @@ def train(
     monitor: Monitor,
     stop: StopFlag,
     numerics: Numerics | None = None,
+    statistics: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Position, Cause | None]:
     """Train from ``start`` to ``plan.steps`` or until told to stop; the last position is always saved.
 
@@ -129,6 +130,8 @@ def train(
         last = step == plan.steps or cause is not None
         known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
         told = numerics.take_record()
+        if statistics is not None and (values or last or monitor.due(step)):
+            told = {**told, **statistics()}
         record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
         monitor.record(step, record, force=bool(values or told) or last)
 

@@ -42,7 +42,8 @@ FROZEN: dict[str, set[str]] = {
     | {"--input-format", "--txt-documents", "--max-line-mb", "--backend"},
     "tokenizer train": TALK
     | {"--kind", "--vocab-size", "--output -o", "--json-key", "--input-format", "--txt-documents", "--on-bad-line"}
-    | {"--max-line-mb", "--max-train-mb", "--min-frequency", "--lowercase", "--overwrite"},
+    | {"--max-line-mb", "--max-train-mb", "--min-frequency", "--lowercase", "--overwrite"}
+    | {"--special-tokens", "--byte-fallback"},
     "tokenizer show": TALK,
 }
 

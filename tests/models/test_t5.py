@@ -81,9 +81,7 @@ def test_published_sizes() -> None:
     rest.pop("decoder_seq_length")
     assert count_parameters(ModelSection(**{**rest, **small}, activation="relu")) == 60_506_624
     newer = {**small, "num_layers": 8, "num_attention_heads": 6, "ffn_hidden_size": 1024}
-    assert (
-        count_parameters(ModelSection(**{**rest, **newer}, activation="geglu", tie_embeddings=False)) == 76_961_152
-    )
+    assert count_parameters(ModelSection(**{**rest, **newer}, activation="geglu", tie_embeddings=False)) == 76_961_152
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
@@ -148,7 +146,9 @@ def test_accuracy_counts_the_likeliest_tokens() -> None:
 
 def test_bfloat16_attention_in_blocks_learns_the_biases() -> None:
     """The blocked backward in bfloat16, more than one block of queries, against the float32 reference."""
-    section = SECTIONS["v1.0"].model_copy(update={"num_layers": 1, "relative_buckets": 32, "relative_max_distance": 128})
+    section = SECTIONS["v1.0"].model_copy(
+        update={"num_layers": 1, "relative_buckets": 32, "relative_max_distance": 128}
+    )
     tokens = torch.randint(1, 130, (2, 600))
     batch = {"tokens": tokens, "decoder_tokens": tokens[:, :300], "labels": tokens[:, 1:301]}
     gradients = []
