@@ -111,7 +111,7 @@ def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str]) -> 
             first = _find(original, files, layout)
             if first is None or not files.read(name).equal(files.read(first)):
                 raise CheckpointError(
-                    f"{files.file_of(name)}: tensor {name} is not {original}, though config.json says that they are one",
+                    f"{files.file_of(name)}: tensor {name} is not {original}, though config.json says that it is",
                     hint="for an output layer of its own config.json has `tie_word_embeddings: false`",
                 )
             used.add(name)

@@ -50,13 +50,13 @@ def _t5(recipe: Recipe) -> Iterator[Mistake]:
     if model.relative_buckets % 4:
         yield Mistake(
             ("model.relative_buckets",),
-            f"`model.relative_buckets` {model.relative_buckets} cannot be halved twice: earlier and later, near and far",
+            f"`model.relative_buckets` {model.relative_buckets} cannot be halved twice (earlier or later, near or far)",
             f"use `model.relative_buckets={model.relative_buckets // 4 * 4}`",
         )
     if model.relative_max_distance <= model.relative_buckets // 2:
         yield Mistake(
             ("model.relative_max_distance", "model.relative_buckets"),
-            f"`model.relative_max_distance` {model.relative_max_distance} leaves nothing for the buckets of far distances",
+            f"`model.relative_max_distance` {model.relative_max_distance} leaves the buckets of far distances empty",
             f"use `model.relative_max_distance={4 * model.relative_buckets}`",
         )
     targets = model.decoder_seq_length

@@ -1,8 +1,9 @@
 """Training attention for processors whose matrix units are fast in bfloat16 and whose fused attention is not.
 
 Forward is torch's fused attention. Its backward for the CPU runs at a small share of the bfloat16 matrix rate, and it
-has none for a bias that learns: it would fall back to plain code with all scores in memory. Here the probabilities are recomputed a block of queries at a time (as Dao et al. 2022, section 3.1, do on GPUs) with plain
-batched products around our softmax kernel. Memory grows with the block, not with the square of the sequence.
+has none for a bias that learns: it would fall back to plain code with all scores in memory. Here the probabilities are
+recomputed a block of queries at a time (as Dao et al. 2022, section 3.1, do on GPUs) with plain batched products around
+our softmax kernel. Memory grows with the block, not with the square of the sequence.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
     grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half.
     BERT's output layer counts for the masked tokens only, since only these go through it; of experts, those that a
-    token goes to, and the router. A token of T5 is one that the encoder or the decoder reads: the
-    work of a sample over the tokens of both.
+    token goes to, and the router. A token of T5 is one that the encoder or the decoder reads: the work of a sample over
+    the tokens of both.
     """
     if model.family == "t5":
         return _t5_flops(model, seq_length or model.seq_length)

@@ -74,7 +74,7 @@ class RelativeBias(nn.Module):
         self.weight = new_parameter(self.num_buckets, heads, init=std, shard=Shard(1), dtype=dtype, device=device)
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        """Biases of a pass over a whole sequence: float32 ``[1, n, queries, keys]``, -inf for later keys if hidden."""
+        """Biases of a pass over a whole sequence: float32 ``[1, n, queries, keys]``; -inf for keys out of sight."""
         distance = torch.arange(1 - queries, keys, device=self.weight.device)
         values = self._values(distance).t().contiguous()
         if not self.both_ways:
@@ -82,7 +82,7 @@ class RelativeBias(nn.Module):
         return _Spread.apply(values, keys)[None]
 
     def at(self, positions: Tensor, keys: int) -> Tensor:
-        """Biases of one query a row at ``positions [b]``: float32 ``[b, n, 1, keys]``, -inf for later keys if hidden."""
+        """Biases of one query a row, at ``positions [b]``: float32 ``[b, n, 1, keys]``, -inf as in ``forward``."""
         distance = torch.arange(keys, device=positions.device) - positions[:, None]
         values = self._values(distance)
         if not self.both_ways:

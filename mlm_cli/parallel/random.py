@@ -34,8 +34,8 @@ def initial_weight(
 ) -> Tensor:
     """The full initial value of parameter ``name``, float32 on the CPU.
 
-    ``init`` is a standard deviation, or one for each of the ``blocks`` of rows, or ``"zeros"`` or ``"ones"``. Rows from ``valid`` on are padding and zero: how far a
-    vocabulary is padded does not change the draw.
+    ``init`` is a standard deviation, or one for each of the ``blocks`` of rows, or ``"zeros"`` or ``"ones"``. Rows from
+    ``valid`` on are padding and zero: how far a vocabulary is padded does not change the draw.
     """
     if init == "zeros":
         return torch.zeros(shape)
