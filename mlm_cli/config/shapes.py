@@ -23,7 +23,7 @@ def attention_scale(model: ModelSection) -> float:
 def decoder_seq_length(model: ModelSection) -> int:
     """Tokens of a T5 target.
 
-    Unset: what comes of masking 15 % of a text in spans of 3 on average (Raffel et al. 2020, section 3.1.4), the
+    Unset: about what comes of masking 15 % of a text in spans of 3 on average (Raffel et al. 2020, section 3.1.4), the
     defaults of ``data.span_corruption``: each span gives its tokens and a sentinel, and a text of ``r`` tokens leaves
     ``0.9 r + 1``.
     """

@@ -107,6 +107,7 @@ class Decoder:
 
     # What every rank computes ------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def _drop(self, row: int) -> None:
         self._slots.drop(row)
 

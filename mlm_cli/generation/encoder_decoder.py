@@ -33,6 +33,7 @@ class EncoderDecoder(Decoder):
     def prefix(self, prompt: Sequence[int]) -> Sequence[int]:
         return [self.start_id]
 
+    @torch.inference_mode()
     def _drop(self, row: int) -> None:
         super()._drop(row)
         self._read.drop(row)
