@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def load_model_folder(
     device: torch.device | str | None = None,
     head_optional: bool = False,
     changes: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
 
@@ -62,6 +63,7 @@ def load_model_folder(
         device: unset: that of ``parallel``.
         head_optional: a folder without an output layer (a classifier's) is fine; the layer is then tied.
         changes: settings of the model section that weights do not depend on (dropout), instead of the folder's.
+        on_bytes: told the bytes of each parameter filled.
 
     Raises:
         CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
@@ -79,7 +81,7 @@ def load_model_folder(
         check_slices(section, parallel.tensor.size)
         model = build_model(section, parallel, dtype=dtype, init=False)
         layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
-        _fill(model, files, layout, extra=_head_tensors(config, files))
+        _fill(model, files, layout, extra=_head_tensors(config, files), on_bytes=on_bytes)
     return model, section
 
 
@@ -94,11 +96,18 @@ def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if name.startswith(known)} if _is_headless(config) else set()
 
 
-def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str]) -> None:
+def _fill(
+    model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], on_bytes: Callable[[int], None] | None
+) -> None:
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():
         _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
+        if on_bytes is not None:
+            on_bytes(param.numel() * param.element_size())
+    if model.parallel.pipeline.size > 1:  # what other stages read is known too
+        sources = [source for entry in layout.entries.values() for source in entry.sources]
+        used.update(found for source in sources if (found := _find(source, files, layout)) is not None)
     for name, shape in layout.zeros.items():
         found = _find(name, files, layout)
         if found is not None:

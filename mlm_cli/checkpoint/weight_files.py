@@ -54,7 +54,9 @@ class WeightFiles:
             pickled = sorted(folder.glob("pytorch_model*.bin"))
             raise CheckpointError(
                 f"{folder} holds no {SINGLE} (nor {INDEX})" + (f", only {pickled[0].name}" if pickled else ""),
-                hint="pickled weights can run code and are not read; save them as safetensors" if pickled else None,
+                hint=f"pickled weights take a step of their own: `mlm convert {folder} NEW --to hf --from-pickle`"
+                if pickled
+                else None,
             )
 
     def _open(self, name: str) -> Any:

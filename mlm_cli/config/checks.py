@@ -40,6 +40,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _rollback(recipe)
         found += _time_limit(recipe)
         found += _engine(recipe)
+        found += _context(recipe, verb)
         found += _keep_best(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
@@ -266,6 +267,7 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             f"`model.seq_length` {recipe.model.seq_length} is not a multiple of `parallel.tensor` {parallel.tensor}",
             "use `parallel.sequence=false`",
         )
+    yield from _offload(recipe)
     if train.compile and parallel.zero == 3:
         yield Mistake(
             ("train.compile", "parallel.zero"),
@@ -274,18 +276,77 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
         )
 
 
+def _offload(recipe: Recipe) -> Iterator[Mistake]:
+    parallel, keys = recipe.parallel, ("parallel.offload", "parallel.zero", "train.engine")
+    if parallel.offload == "nvme":
+        yield Mistake(
+            keys[:1],
+            "`parallel.offload` nvme: a checkpoint could not be read back into state that lies on a disk",
+            "use `parallel.offload=cpu`, with `parallel.zero=3` over more ranks where memory is short",
+        )
+    elif parallel.offload == "cpu" and (parallel.zero != 3 or recipe.train.engine == "plain"):
+        yield Mistake(
+            keys,
+            "`parallel.offload` goes with `parallel.zero` 3 alone: at 1 and 2 DeepSpeed would add gradients up "
+            "in half precision",
+            "use `parallel.zero=3` and `train.engine=auto`, or `parallel.offload=none`",
+        )
+    elif parallel.offload == "cpu" and recipe.task is not None:
+        yield Mistake(keys[:1], "`parallel.offload` is for pretraining alone", "use `parallel.offload=none`")
+
+
+def _context(recipe: Recipe, verb: str) -> Iterator[Mistake]:
+    """Tokens of a sample shared out over ranks, heads dealt to them in attention."""
+    model, parallel = recipe.model, recipe.parallel
+    if parallel.context == 1:
+        return
+    if verb == "finetune" or model.family != "gpt":
+        what = "fine-tuning, whose texts differ in length" if verb == "finetune" else f"`model.family` {model.family}"
+        yield Mistake(
+            ("parallel.context", "model.family"),
+            f"`parallel.context` is for pretraining gpt, not for {what}",
+            "use `parallel.context=1`",
+        )
+        return
+    if model.experts is not None:
+        yield Mistake(
+            ("parallel.context", "model.experts"),
+            "experts count the tokens of whole samples, and `parallel.context` shares these out",
+            "use `parallel.context=1`",
+        )
+    shares = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if model.seq_length % shares:
+        yield Mistake(
+            ("parallel.context", "model.seq_length"),
+            f"`model.seq_length` {model.seq_length} cannot be shared out over {shares} ranks",
+            f"use `model.seq_length={model.seq_length // shares * shares or shares}`, or `parallel.context=1`",
+        )
+    dealt = parallel.tensor * parallel.context
+    groups = num_query_groups(model)
+    for key, size in (("model.num_attention_heads", model.num_attention_heads), ("model.num_query_groups", groups)):
+        if size % dealt and (key != "model.num_query_groups" or groups != model.num_attention_heads):
+            fits = max(c for c in range(1, parallel.context) if size % (parallel.tensor * c) == 0 or c == 1)
+            yield Mistake(
+                ("parallel.context", key, "parallel.tensor"),
+                f"`{key}` {size} cannot be dealt to `parallel.tensor` {parallel.tensor} x `parallel.context` "
+                f"{parallel.context} = {dealt} ranks: in attention each holds all tokens of some heads",
+                f"use `parallel.context={fits}`, or a multiple of {dealt} heads",
+            )
+
+
 def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
     model_size = model_parallel_size(recipe)
-    keys = ("parallel.tensor", "parallel.pipeline")
+    keys = ("parallel.tensor", "parallel.pipeline", "parallel.context")
     if world_size % model_size:
         if world_size < model_size:
-            stages = f" x `parallel.pipeline` {recipe.parallel.pipeline}" if recipe.parallel.pipeline > 1 else ""
-            sizes = f"`parallel.tensor` {recipe.parallel.tensor}{stages}"
+            more = [axis for axis in ("pipeline", "context") if getattr(recipe.parallel, axis) > 1]
+            sizes = " x ".join(f"`parallel.{axis}` {getattr(recipe.parallel, axis)}" for axis in ("tensor", *more))
             message = f"{sizes} needs {model_size} ranks, and there is {world_size}"
-            smaller = "`parallel.tensor=1` and `parallel.pipeline=1`" if stages else f"`parallel.tensor={world_size}`"
+            smaller = " and ".join(f"`parallel.{axis}=1`" for axis in ("tensor", *more))
+            smaller = smaller if more else f"`parallel.tensor={world_size}`"
             hint = f"add `--nproc {model_size}`, or use {smaller}"
         else:
-            message = f"{world_size} ranks are not a multiple of the {model_size} that hold one model"
+            message = f"{world_size} ranks are not a multiple of the {model_size} that work on one sample"
             fits = world_size // model_size * model_size
             hint = f"use `--nproc {fits}` or `--nproc {fits + model_size}`"
         yield Mistake(keys, message, hint)
@@ -301,10 +362,11 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
             f"use `train.global_batch_size={down}`, or another micro-batch size",
         )
     yield from _rampup(recipe, whole or micro * data, micro * data)
-    if recipe.train.engine == "plain" and data > 1:
+    copies = data * recipe.parallel.context
+    if recipe.train.engine == "plain" and copies > 1:
         yield Mistake(
             ("train.engine",),
-            f"`train.engine` plain does not average gradients, and there are {data} data ranks",
+            f"`train.engine` plain does not average gradients, and there are {copies} copies of the model",
             "use `train.engine=auto`",
         )
 

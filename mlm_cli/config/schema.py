@@ -147,11 +147,15 @@ class TrainSection(Section):
         default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
     )
     rampup: RampupSection | None = Field(default=None, description="begin with smaller global batches; unset: do not")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the processor has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the processor has it; fp16 with dynamic loss scaling"
     )
+    initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: halved after gradients that overflow")
+    loss_scale_window: int = Field(default=1000, ge=1, description="fp16: steps without overflow that double the scale")
     clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
-    recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activation checkpointing of each layer; selective: of its attention scores alone"
+    )
     engine: Literal["auto", "deepspeed", "plain"] = Field(
         default="auto",
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
@@ -212,9 +216,19 @@ class ParallelSection(Section):
     sequence: bool = Field(
         default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="gpt: copies of the model that share out the tokens of each sample, for long ones; in attention"
+        " they share out the heads (DeepSpeed-Ulysses)",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="cpu, with `zero` 3: weights, masters and moments live in the host's memory, where the update runs",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -75,6 +75,7 @@ def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor,
             pipeline=recipe.parallel.pipeline,
+            context=recipe.parallel.context,
             sequence=recipe.parallel.sequence,
             device=env.device,
         )
@@ -103,7 +104,9 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
     session.check_data(fingerprint)
 
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    model, engine, streams = _build_engine(session, batch, parallel, dtype)
+    model, engine, streams = _build_engine(
+        recipe, batch, parallel, dtype, fresh=session.found is None, config_file=session.run.ds_config
+    )
     position = Position(0, 0)
     if session.found is not None:
         position = load_state(session.found, engine, streams, parallel)
@@ -121,14 +124,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         background=recipe.checkpoint.background,
     )
     _check_space(checkpointer, recipe, position)
-    supply = batches(
-        train_source,
-        start_sample=position.consumed_samples,
-        micro_batch_size=batch.micro_batch_size,
-        data_rank=parallel.data.rank,
-        data_size=parallel.data.size,
-        num_workers=recipe.data.num_workers,
-    )
+    supply = _supply(recipe, train_source, position, batch, parallel)
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
     numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     _say_plan(recipe, batch, parallel, engine.name, dtype)
@@ -185,13 +181,20 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
 
 
 def _build_engine(
-    session: Session, batch: Batch, parallel: ParallelContext, dtype: torch.dtype
+    recipe: Recipe,
+    batch: Batch,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    *,
+    fresh: bool,
+    config_file: Path | None = None,
 ) -> tuple[Model, Engine, RandomStreams]:
-    recipe = session.recipe
+    """``fresh``: with initial weights; else a checkpoint will fill them in."""
     seed_everything(recipe.seed, parallel)
-    model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
+    model, streams = _build_model(recipe, parallel, dtype, fresh=fresh)
+    offload = recipe.parallel.offload == "cpu"
     engine = build_engine(
-        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel),
+        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel, offload=offload),
         model,
         parallel,
         optimizer_settings(recipe),
@@ -199,9 +202,24 @@ def _build_engine(
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
         zero=recipe.parallel.zero,
-        config_file=session.run.ds_config,
+        offload=offload,
+        config_file=config_file,
     )
     return model, engine, streams
+
+
+def _supply(
+    recipe: Recipe, source: SampleSource, position: Position, batch: Batch, parallel: ParallelContext
+) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of this data rank from ``position`` on; close it."""
+    return batches(
+        source,
+        start_sample=position.consumed_samples,
+        micro_batch_size=batch.micro_batch_size,
+        data_rank=parallel.data.rank,
+        data_size=parallel.data.size,
+        num_workers=recipe.data.num_workers,
+    )
 
 
 def _plan(recipe: Recipe, batch: Batch) -> Plan:
@@ -294,8 +312,9 @@ def _build_validator(
 
 
 def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
-    label = "bf16" if dtype == torch.bfloat16 else "fp32"
-    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size} x data {parallel.data.size}"
+    label = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    context = f" x context {parallel.context.size}" if parallel.context.size > 1 else ""
+    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size}{context} x data {parallel.data.size}"
     log.info(
         f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
         f"{batch.global_batch_size} x {sample_tokens(recipe.model):,} tokens a step "

@@ -13,6 +13,7 @@ from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.errors import RankLostError
+from mlm_cli.models.attention import Attention
 from mlm_cli.models.block import Block
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.model import Model
@@ -47,6 +48,9 @@ def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext
     """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
     model.dtype = dtype
     model.recompute = recipe.train.recompute == "full"
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.recompute = recipe.train.recompute == "selective"
     streams = RandomStreams(parallel, recipe.seed)
     model.set_streams(streams)
     if recipe.train.compile:
@@ -63,6 +67,8 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
         eps=section.eps,
         weight_decay=section.weight_decay,
         clip_grad=recipe.train.clip_grad,
+        loss_scale=recipe.train.initial_loss_scale,
+        loss_scale_window=recipe.train.loss_scale_window,
     )
 
 
@@ -78,6 +84,11 @@ def build_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def policy_of(recipe: Recipe) -> Policy:
+    section = recipe.train
+    return Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+
+
 def build_numerics(
     session: Session,
     engine: Engine,
@@ -87,8 +98,7 @@ def build_numerics(
     position: Position,
 ) -> Numerics:
     """The policy for bad losses. A run that may have to go back saves its beginning too."""
-    section = session.recipe.train
-    policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+    policy = policy_of(session.recipe)
 
     def rollback() -> Position:
         checkpointer.finish()

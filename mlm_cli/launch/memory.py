@@ -64,18 +64,20 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     half = recipe.train.precision != "fp32"
     pipeline = recipe.parallel.pipeline
     params = parameters_per_rank(model, tensor, pipeline)
-    shards, grad_shards, weight_shards = (
-        data_parallel_size if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3)
-    )
+    copies = data_parallel_size * recipe.parallel.context
+    shards, grad_shards, weight_shards = (copies if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3))
     width = 2 if half else 4
     micro = recipe.train.micro_batch_size
+    tokens = micro * model.seq_length // recipe.parallel.context
+    targets = micro * decoder_seq_length(model) if model.family == "t5" else 0
     outer = tensor if recipe.parallel.sequence else 1
-    activations = _activations(model, tensor, outer, micro, width, full_recompute=recipe.train.recompute == "full")
+    full = recipe.train.recompute == "full"
+    activations = _activations(model, tensor, outer, tokens, targets, width, full_recompute=full)
     if pipeline > 1:
         # The first stage keeps a micro-batch for every stage behind it (Narayanan et al. 2021, section 2.2).
         layers, most = max(len(part) for part in balance(layer_costs(model), pipeline)), _num_layers(model)
         activations = activations * min(layers, most) * pipeline // most
-    rows = min(micro * (decoder_seq_length(model) if model.family == "t5" else model.seq_length), LOSS_CHUNK_TOKENS)
+    rows = min(targets or tokens, LOSS_CHUNK_TOKENS)
     return Memory(
         weights=width * params // weight_shards,
         gradients=(4 if accumulate or not half else 2) * params // grad_shards,
@@ -89,7 +91,9 @@ def _num_layers(model: ModelSection) -> int:
     return model.num_layers + (num_decoder_layers(model) if model.family == "t5" else 0)
 
 
-def _activations(model: ModelSection, tensor: int, outer: int, micro: int, width: int, *, full_recompute: bool) -> int:
+def _activations(
+    model: ModelSection, tensor: int, outer: int, tokens: int, targets: int, width: int, *, full_recompute: bool
+) -> int:
     """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves.
 
     A layer of T5's decoder also keeps what attention across has: a norm, queries and context of its own tokens, keys
@@ -97,7 +101,7 @@ def _activations(model: ModelSection, tensor: int, outer: int, micro: int, width
 
     Args:
         outer: ranks that the tokens between sliced layers are shared out over.
-        micro: samples of a micro-batch.
+        tokens, targets: of a micro-batch on this rank, the latter of T5's decoder.
     """
     h = model.hidden_size
     query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
@@ -106,11 +110,9 @@ def _activations(model: ModelSection, tensor: int, outer: int, micro: int, width
     if model.hidden_dropout > 0:
         outside += 2 * h  # byte masks
     sliced = (2 * query + 2 * groups + inner) * width // tensor  # q, k, v, context; both sides of the activation
-    tokens = micro * model.seq_length
     layer, inputs = tokens * (outside // outer + sliced), tokens * h * width // outer
     kept, saved = layer * model.num_layers, inputs * model.num_layers
     if model.family == "t5":
-        targets = micro * decoder_seq_length(model)
         across = targets * (2 * h // outer + 2 * query // tensor) * width + tokens * 2 * query // tensor * width
         decoder = targets * (outside // outer + sliced) + across
         kept += decoder * num_decoder_layers(model)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlm_cli import ops
 from mlm_cli.config.initial_std import initial_std
@@ -20,25 +21,56 @@ from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mlm_cli.parallel.ulysses import collect_heads, deal_heads
 
 if TYPE_CHECKING:
     from mlm_cli.parallel.random import RandomStreams
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """How queries look at keys: which kernels, which scale, with which dropout, kept or worked out again.
+
+    Attributes:
+        streams: of dropout inside sliced regions.
+        recompute: scores and probabilities are worked out again in the backward pass.
+    """
+
+    def __init__(self, model: ModelSection) -> None:
+        super().__init__()
+        self.kind, self.dropout, self.scale = model.attention, model.attention_dropout, attention_scale(model)
+        self.streams: RandomStreams | None = None
+        self.recompute = False
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+        """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._attend_once(query, key, value, info, dropout)
+        # Selective recomputation (Korthikanti et al. 2022, section 5): most of the memory for little of the work. What
+        # is not kept grows with the square of the sequence; query, key and value are.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+        if dropout and self.streams is not None:
+            options["context_fn"] = self.streams.recompute_contexts
+        return checkpoint(self._attend_once, query, key, value, info, dropout, **options)
+
+    def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
+            return attend(self.kind, query, key, value, info, self.scale, dropout)
+
+
+class SelfAttention(Attention):
     """Multi-head attention, also with fewer key/value heads than query heads (Ainslie et al. 2023).
 
-    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads.
+    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads. Context ranks hold a part of
+    the tokens each, but in here all tokens of some of these heads: ``num_heads`` and ``num_groups``.
     """
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(model)
         group, dim = parallel.tensor, head_dim(model)
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
-        self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
-        self.kind, self.dropout, self.scale = model.attention, model.attention_dropout, attention_scale(model)
-        self.streams: RandomStreams | None = None
+        self.context, shares = parallel.context, group.size * parallel.context.size
+        self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
         blocks, stds = (query, key, key), initial_std(model)
         std = stds.query if stds.query == stds.key else (stds.query, stds.key, stds.key)
         self.qkv = ColumnParallelLinear(model.hidden_size, sum(blocks), group, blocks=blocks, init_std=std, **options)
@@ -47,8 +79,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
         rotated = self.num_heads + self.num_groups
-        heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
-        b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
+        kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
+        heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
         dropout = self.dropout if self.training else 0.0
         if cache is None and self.kind == "auto" and not dropout and suits(heads, info.bias):
             out = attend_blocked(
@@ -60,7 +92,7 @@ class SelfAttention(nn.Module):
                 bias=info.bias,
                 scale=self.scale,
             )
-            return self.out(out.reshape(b, s, self.num_heads * self.dim))
+            return self.out(collect_heads(out, self.context).flatten(2))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
         else:
@@ -69,9 +101,8 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
-            out = attend(self.kind, query, key, value, info, self.scale, dropout)
-        return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
+        out = self._attend(query, key, value, info, dropout)
+        return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
 
 
 def attend(

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import attention_scale, head_dim
-from mlm_cli.models.attention import attend
+from mlm_cli.config.shapes import head_dim
+from mlm_cli.models.attention import Attention
 from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-if TYPE_CHECKING:
-    from mlm_cli.parallel.random import RandomStreams
 
-
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Queries of one sequence, keys and values of another (Vaswani et al. 2017, section 3.2.3).
 
     The rows of ``kv`` are key | value, each cut over the tensor group by heads, as those of ``query``.
     """
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(model)
         group, dim = parallel.tensor, head_dim(model)
         width, h, stds = model.num_attention_heads * dim, model.hidden_size, initial_std(model)
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.num_heads, self.dim = model.num_attention_heads // group.size, dim
-        self.kind, self.dropout, self.scale = model.attention, model.attention_dropout, attention_scale(model)
-        self.streams: RandomStreams | None = None
         self.query = ColumnParallelLinear(h, width, group, init_std=stds.query, **options)
         self.kv = ColumnParallelLinear(h, 2 * width, group, blocks=(width, width), init_std=stds.key, **options)
         self.out = RowParallelLinear(width, h, group, init_std=stds.attention_out, **options)
@@ -51,8 +43,7 @@ class CrossAttention(nn.Module):
         """``x [b, s, h]`` and what ``keys`` gave -> ``[b, s, h]``; ``info.visible`` is of the keys."""
         query = self.query(x).unflatten(-1, (self.num_heads, self.dim)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        with self.streams.sliced() if dropout and self.streams is not None else nullcontext():
-            out = attend(self.kind, query, *keys, info, self.scale, dropout)
+        out = self._attend(query, *keys, info, dropout)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

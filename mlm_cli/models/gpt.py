@@ -21,7 +21,9 @@ from mlm_cli.models.stages import layer_costs
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
+from mlm_cli.parallel.sequence import own_tokens
 from mlm_cli.parallel.shard import Shard
+from mlm_cli.parallel.ulysses import sum_of_shares
 
 
 class Head(nn.Module):
@@ -131,18 +133,18 @@ class GPT(Model):
             hidden: ``[b, s, h]``.
             batch: ``labels [b, s]``; optional ``loss_mask [b, s]``.
         """
-        labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
+        labels, mask, context = batch["labels"], batch.get("loss_mask"), self.parallel.context
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.output_weight,
-            labels,
-            None if mask is None else mask.reshape(-1),
+            own_tokens(labels, context).reshape(-1),
+            None if mask is None else own_tokens(mask, context).reshape(-1),
             self.parallel.tensor,
             self.vocab_size,
             scale=1.0 / count.clamp(min=1.0),
         )
-        return loss, count
+        return sum_of_shares(loss, context), count
 
     @torch.no_grad()
     def token_losses(

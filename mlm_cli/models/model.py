@@ -134,7 +134,7 @@ class Model(nn.Module):
     def boundary(self, batch: Batch) -> tuple[int, ...]:
         """Shape of what travels between two stages for ``batch``."""
         b, s = batch["tokens"].shape
-        return b, s // self.parallel.sequence.size, self.config.hidden_size
+        return b, s // (self.parallel.context.size * self.parallel.sequence.size), self.config.hidden_size
 
     def _call(self, layer: nn.Module, repeats: bool, *args: Any) -> Tensor:
         """Run an entry of the list; where its activations are recomputed, keep its input only (Chen et al. 2016)."""

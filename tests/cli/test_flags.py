@@ -23,12 +23,23 @@ SHARED = {
 }
 TALK = {"--format", "--quiet -q", "--verbose -v"}
 FROZEN: dict[str, set[str]] = {
-    "pretrain": SHARED,
+    "pretrain": SHARED | {"--verify", "--replay"},
     "finetune": SHARED,
-    "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit"},
+    "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit", "--ensemble"},
     "generate": SHARED
     | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
     | {"--repetition-penalty", "--stop", "--batch-size"},
+    "convert": TALK
+    | {
+        "--to",
+        "--dtype",
+        "--tensor",
+        "--pipeline",
+        "--checkpoint-version",
+        "--from-pickle",
+        "--tokenizer",
+        "--dry-run",
+    },
     "plan": SHARED | {"--device-tflops", "--mfu"},
     "report": TALK | {"--output -o", "--smooth"},
     "doctor": TALK,

@@ -135,3 +135,16 @@ def test_keep_best_needs_a_validation_before_each_checkpoint() -> None:
 
     assert keys(100, 50) == keys(100, 100) == []
     assert len(keys(100, 0)) == len(keys(100, 70)) == len(keys(0, 100)) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.offload=nvme", "parallel.zero=3"], "`parallel.offload` nvme"),
+        (["parallel.offload=cpu"], "`parallel.offload` goes with `parallel.zero` 3 alone"),
+        (["parallel.offload=cpu", "parallel.zero=3", "train.engine=plain"], "`parallel.offload` goes with"),
+    ],
+)
+def test_what_offload_cannot_do_is_refused(overrides: list[str], words: str) -> None:
+    assert any(words in text for text in mistakes(*overrides))
+    assert not any("offload" in text for text in mistakes("parallel.offload=cpu", "parallel.zero=3"))
