@@ -85,5 +85,6 @@ KEPT = (
 
 
 def kept_settings(model: ModelSection) -> dict[str, Any]:
-    kept = {key: getattr(model, key) for key in KEPT}
-    return {key: value for key, value in kept.items() if value is not None} | {"bias": model.bias}
+    keys = {*KEPT, *(("rotary_base", "rotary_scaling", "seq_length") if model.rotary_scaling is not None else ())}
+    values = model.model_dump(mode="json", include=keys, exclude_none=True)
+    return values | {"bias": model.bias}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
-from mlm_cli.config.family_checks import check_family
 from mlm_cli.config.mistakes import Mistake
-from mlm_cli.config.schema import DataSection, ModelSection, Recipe
+from mlm_cli.config.model_checks import check_model
+from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
     head_dim,
@@ -33,7 +33,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
     """
     found: list[Mistake] = []
     if verb in ("pretrain", "plan"):
-        found += check_family(recipe)
+        found += check_model(recipe)
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
@@ -84,7 +84,6 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     ]
     if model.experts is not None:
         sliced.append(("model.experts.num_experts", model.experts.num_experts))
-        yield from _experts(model)
     for key, size in sliced:
         if size % tensor and (key != "model.num_query_groups" or groups != heads):
             yield Mistake(
@@ -107,21 +106,6 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     except UsageError as error:
         keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
         yield Mistake(keys, error.message, error.hint)
-
-
-def _experts(model: ModelSection) -> Iterator[Mistake]:
-    if model.family != "gpt":
-        yield Mistake(
-            ("model.experts", "model.family"),
-            f"`model.experts` are for decoders (`model.family` gpt), not for {model.family}",
-            "use `model.experts=null`",
-        )
-    elif model.experts is not None and model.experts.every > model.num_layers:
-        yield Mistake(
-            ("model.experts.every", "model.num_layers"),
-            f"`model.experts.every` {model.experts.every} gives none of the {model.num_layers} layers experts",
-            f"use `model.experts.every={min(2, model.num_layers)}`",
-        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,12 @@ from mlm_cli import ops
 from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import attention_scale, head_dim, num_query_groups
+from mlm_cli.errors import UsageError
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
+from mlm_cli.models.sparse import attend_sparse, masked, pattern_of
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mlm_cli.parallel.ulysses import collect_heads, deal_heads
@@ -37,7 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
-        self.kind, self.dropout, self.scale = model.attention, model.attention_dropout, attention_scale(model)
+        self.kind, self.dropout, self.scale = model.attention.kernel, model.attention_dropout, attention_scale(model)
         self.streams: RandomStreams | None = None
         self.recompute = False
 
@@ -71,6 +72,7 @@ class SelfAttention(Attention):
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.context, shares = parallel.context, group.size * parallel.context.size
         self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
+        self.pattern = pattern_of(model)
         blocks, stds = (query, key, key), initial_std(model)
         std = stds.query if stds.query == stds.key else (stds.query, stds.key, stds.key)
         self.qkv = ColumnParallelLinear(model.hidden_size, sum(blocks), group, blocks=blocks, init_std=std, **options)
@@ -82,7 +84,8 @@ class SelfAttention(Attention):
         kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
         heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self.kind == "auto" and not dropout and suits(heads, info.bias):
+        plain = cache is None and self.pattern is None and self.kind == "auto" and not dropout
+        if plain and suits(heads, info.bias):
             out = attend_blocked(
                 heads,
                 info.rotary,
@@ -101,8 +104,29 @@ class SelfAttention(Attention):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info, dropout)
+        if self.pattern is None:
+            out = self._attend(query, key, value, info, dropout)
+        else:
+            found = self._attend_sparse(query, key, value, info, dropout, self.pattern, cached=cache is not None)
+            if found is None:
+                key, value, info = masked(query, key, value, info, self.pattern, cached=cache is not None)
+                found = self._attend(query, key, value, info, dropout)
+            out = found
         return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
+
+    def _attend_sparse(
+        self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float,
+        pattern: ops.SparsePattern, *, cached: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """``_attend`` at the cost of the pattern; None where the kernel asked for takes the pattern as a mask."""
+        if self.kind != "auto":
+            return None
+        if dropout:
+            raise UsageError(
+                f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
+                hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs as dense",
+            )
+        return attend_sparse(query, key, value, info, pattern, cached=cached)
 
 
 def attend(
@@ -167,7 +191,9 @@ def attend_reference(
         scores = scores + info.bias
     elif visible is None and info.causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
+    if visible is not None:  # a row that sees nothing is zero, as in the kernels
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     probs = torch.softmax(scores, -1)
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return (F.dropout(probs, dropout) @ value.float()).to(query.dtype)

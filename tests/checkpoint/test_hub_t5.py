@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mlm_cli.checkpoint import map_t5
 from mlm_cli.checkpoint.hub import load_model_folder, read_model_config, save_model_folder
+from mlm_cli.config.schema import AttentionSection
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.registry import build_model
 from mlm_cli.models.t5 import T5
@@ -81,7 +82,7 @@ def check_equal(model: T5, theirs: Any) -> None:
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "fused", "reference"])
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_transformers_opens_ours(kind: str, attention: str, tmp_path: Path) -> None:
-    model = build_model(SECTIONS[kind].model_copy(update={"attention": attention}), ONE).eval()
+    model = build_model(SECTIONS[kind].model_copy(update={"attention": AttentionSection(kernel=attention)}), ONE).eval()
     assert isinstance(model, T5)
     shake(model)
     with torch.no_grad():  # whatever is in the padding must not matter

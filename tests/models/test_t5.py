@@ -11,7 +11,7 @@ import pytest
 import torch
 from models.t5_models import SECTIONS, SIZES, make_batch, shake
 
-from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.schema import AttentionSection, ModelSection
 from mlm_cli.launch.memory import parameters_per_rank
 from mlm_cli.models.attention import Attention
 from mlm_cli.models.count import count_parameters, flops_per_token, layer_counts, parameter_parts
@@ -89,7 +89,7 @@ def test_published_sizes() -> None:
 def test_flops_are_those_torch_counts(kind: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    section = SECTIONS[kind].model_copy(update={"attention": "reference", "vocab_size": 128})
+    section = SECTIONS[kind].model_copy(update={"attention": AttentionSection(kernel="reference"), "vocab_size": 128})
     batch = make_batch(section, 0, full=True)
     with FlopCounterMode(display=False) as counter:
         build_model(section, ONE).loss(batch)[0].backward()
@@ -121,7 +121,9 @@ def test_initial_sums_have_the_variance_of_their_inputs() -> None:
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "fused", "reference"])
 def test_padding_changes_nothing(attention: str) -> None:
     """A text alone, and with padding behind it: the same loss, whatever the attention."""
-    model = build_model(SECTIONS["v1.1"].model_copy(update={"attention": attention}), ONE).eval()
+    model = build_model(
+        SECTIONS["v1.1"].model_copy(update={"attention": AttentionSection(kernel=attention)}), ONE
+    ).eval()
     shake(model)
     batch = make_batch(model.config, 4)
     for row in range(3):
@@ -154,7 +156,9 @@ def test_bfloat16_attention_in_blocks_learns_the_biases() -> None:
     batch = {"tokens": tokens, "decoder_tokens": tokens[:, :300], "labels": tokens[:, 1:301]}
     gradients = []
     for dtype, attention in ((torch.float32, "reference"), (torch.bfloat16, "auto"), (torch.float32, "auto")):
-        model = build_model(section.model_copy(update={"attention": attention}), ONE, dtype=dtype, seed=4)
+        model = build_model(
+            section.model_copy(update={"attention": AttentionSection(kernel=attention)}), ONE, dtype=dtype, seed=4
+        )
         model.loss(batch)[0].backward()
         gradients.append(torch.cat([p.grad.float().flatten() for n, p in model.named_parameters() if "bias" in n]))
     for found, bound in ((gradients[1], 0.05), (gradients[2], 1e-4)):

@@ -35,6 +35,8 @@ def test_good_recipes_have_none(spec: str) -> None:
         ("debug/t5", ["model.init_std=0.1"], "T5's initial weights follow from its sizes"),
         ("debug/t5", ["model.relative_buckets=6"], "6 cannot be halved twice"),
         ("debug/t5", ["model.relative_max_distance=16"], "leaves the buckets of far distances empty"),
+        ("debug/t5", ["model.attention.pattern=local"], "has no place for T5's relative positions"),
+        ("debug/t5", ["model.experts={num_experts: 4}"], "not for t5"),
         ("debug/t5", ["model.bias=true"], "no Hugging Face architecture holds this model"),
         ("debug/t5", ["parallel.sequence=true", "parallel.tensor=2"], "needs a `model.decoder_seq_length`"),
         (
