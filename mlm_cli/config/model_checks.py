@@ -1,4 +1,4 @@
-"""Checks of the model section that its shapes do not decide: what a family has no use for or needs, what excludes what."""
+"""Checks of the model section that its shapes do not decide: what a family has no use for, what excludes what."""
 
 from __future__ import annotations
 
