@@ -217,8 +217,16 @@ def _family(names: set[str], path: Path) -> Family:
     for family in FAMILIES.values():
         if family.recognise(names):
             return family
-    kind = "T5" if any(".decoder." in name for name in names) else "BERT"
-    raise CheckpointError(f"{path} holds a {kind}; read in this layout: {', '.join(f.name for f in FAMILIES.values())}")
+    known = ", ".join(family.name for family in FAMILIES.values())
+    if any(name.startswith("language_model.decoder.") for name in names):
+        what = "a T5"
+    else:
+        heads = sorted(name for name in names if not name.startswith("language_model."))
+        what = f"a model of unknown architecture (tensor {heads[0] if heads else min(names, default='none')})"
+    raise CheckpointError(
+        f"{path} holds {what}; read in this layout: {known}",
+        hint="only pretraining models are read, without the heads of tasks",
+    )
 
 
 def _merge_stages(
