@@ -20,6 +20,7 @@ BENCHMARKS = {
     "pretrain": ["pretrain.py", "--layouts"],
     "bert": ["bert.py"],
     "generate": ["generate.py"],
+    "sparse_attention": ["sparse_attention.py"],
 }
 
 

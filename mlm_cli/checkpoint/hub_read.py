@@ -62,7 +62,9 @@ def load_model_folder(
         dtype: of the weights in memory.
         device: unset: that of ``parallel``.
         head_optional: a folder without an output layer (a classifier's) is fine; the layer is then tied.
-        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's.
+        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
+            ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
+            (Beltagy et al. 2020, section 5).
         on_bytes: told the bytes of each parameter filled.
 
     Raises:
@@ -73,6 +75,7 @@ def load_model_folder(
     if device is not None and torch.device(device) != parallel.device:
         raise AssertionError("the device is the context's")
     section, config = read_model_config(folder)
+    num_positions = section.seq_length
     section = section.model_copy(update=dict(changes or {}))
     with WeightFiles(folder) as files:
         headless = _is_headless(config) or head_optional
@@ -81,7 +84,7 @@ def load_model_folder(
         check_slices(section, parallel.tensor.size)
         model = build_model(section, parallel, dtype=dtype, init=False)
         layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
-        _fill(model, files, layout, extra=_head_tensors(config, files), on_bytes=on_bytes)
+        _fill(model, files, layout, _head_tensors(config, files), num_positions, on_bytes)
     return model, section
 
 
@@ -97,11 +100,17 @@ def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
 
 
 def _fill(
-    model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], on_bytes: Callable[[int], None] | None
-) -> None:
+    model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int,
+    on_bytes: Callable[[int], None] | None,
+) -> None:  # fmt: skip
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():
+        if name == "embedding.position.weight" and param.shape[0] != num_positions:
+            stored = param.new_empty(num_positions, param.shape[1])
+            _read_parameter(stored, layout.entries[name], files, layout, model.parallel, used)
+            param.data.copy_(stored[torch.arange(param.shape[0], device=stored.device) % num_positions])
+            continue
         _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
         if on_bytes is not None:
             on_bytes(param.numel() * param.element_size())

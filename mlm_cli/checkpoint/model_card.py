@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, num_query_groups
+from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_query_groups
 from mlm_cli.models.count import count_parameters
 
 _STYLE = {
@@ -67,6 +67,7 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         "",
         "## Limits",
         "",
+        *_sparse_limit(model),
         "- Licence unknown: whoever publishes these weights states one, fitting the data they were trained on.",
         "- It repeats what is in its training text, errors, bias and private details included, and states falsehoods",
         "  fluently. Nothing here has tested it for a particular use.",
@@ -74,6 +75,16 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         "",
     ]
     return "\n".join(lines)
+
+
+def _sparse_limit(model: ModelSection) -> list[str]:
+    """What whoever opens a sparse model elsewhere must know: the layout has no word for its pattern."""
+    if not is_sparse(model):
+        return []
+    return [
+        f"- Its attention is sparse (`{model.attention.pattern}`, window {model.attention.window}), which `mlm` reads",
+        "  from `config.json`. Other programs attend to every token, which is another model: use `mlm`.",
+    ]
 
 
 def _exact_parameters(model: ModelSection) -> int:

@@ -8,7 +8,14 @@ from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, ModelSection, Recipe
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.config.shapes import (
+    ffn_hidden_size,
+    head_dim,
+    hub_layout,
+    is_sparse,
+    num_query_groups,
+    padded_vocab_size,
+)
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -62,6 +69,7 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
             f"rotary positions need an even head size; it is {head_dim(model)}",
             "choose another number of heads, or `model.position=learned`",
         )
+    yield from _attention(recipe.model)
     if heads % groups:
         yield Mistake(
             ("model.num_query_groups", "model.num_attention_heads"),
@@ -98,6 +106,29 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     except UsageError as error:
         keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
         yield Mistake(keys, error.message, error.hint)
+
+
+def _attention(model: ModelSection) -> Iterator[Mistake]:
+    sparse = model.attention
+    if is_sparse(model) and sparse.kernel == "auto" and model.attention_dropout > 0:
+        yield Mistake(
+            ("model.attention_dropout", "model.attention.pattern"),
+            f"`model.attention.pattern` {sparse.pattern} has no dropout of its probabilities",
+            "use `model.attention_dropout=0`",
+        )
+    if sparse.pattern in ("strided", "fixed") and sparse.window % sparse.block:
+        yield Mistake(
+            ("model.attention.window", "model.attention.block"),
+            f"`model.attention.window` {sparse.window} is not a multiple of `model.attention.block` {sparse.block},"
+            f" which {sparse.pattern} needs",
+            f"use `model.attention.window={max(1, sparse.window // sparse.block) * sparse.block}`",
+        )
+    if model.rotary_scaling is not None and model.position != "rotary":
+        yield Mistake(
+            ("model.rotary_scaling", "model.position"),
+            f"`model.rotary_scaling` scales rotary positions, and `model.position` is {model.position}",
+            "use `model.rotary_scaling=null`",
+        )
 
 
 def _experts(model: ModelSection) -> Iterator[Mistake]:

@@ -46,6 +46,25 @@ def output_init_std(model: ModelSection) -> float:
     return model.init_std / (2 * depth) ** 0.5 if depth else model.init_std
 
 
+def is_sparse(model: ModelSection) -> bool:
+    """True where a query of self-attention sees the keys of a pattern only."""
+    return model.attention.pattern not in (None, "dense")
+
+
+def attended_keys(model: ModelSection, seq_length: int) -> float:
+    """Keys whose scores a query costs, about; a causal half counts in full, as everywhere in the counts of work."""
+    sparse, s = model.attention, seq_length
+    stretches = max(1.0, s / sparse.window)
+    keys: dict[str | None, float] = {
+        "local": sparse.window,
+        "longformer": sparse.window + sparse.global_tokens,
+        "bigbird": sparse.window + sparse.global_tokens + sparse.random * sparse.block,
+        "strided": sparse.window + stretches * sparse.block,
+        "fixed": sparse.window + stretches * sparse.global_tokens,
+    }
+    return min(float(s), keys.get(sparse.pattern, float(s)))
+
+
 def padded_vocab_size(model: ModelSection) -> int:
     """Rows of the word embedding. Depends on the recipe alone, never on how many ranks there are."""
     assert model.vocab_size is not None, "vocab_size is set from the tokenizer before a model is built"

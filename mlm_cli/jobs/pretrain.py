@@ -13,18 +13,25 @@ from torch import Tensor
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, resolve_model, save_model_folder
+from mlm_cli.checkpoint.hub import (
+    check_vocabulary,
+    load_model_folder,
+    read_model_config,
+    resolve_model,
+    save_model_folder,
+)
 from mlm_cli.checkpoint.load import load_state
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
-from mlm_cli.config.schema import Recipe
-from mlm_cli.config.shapes import check_slices
+from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.config.shapes import check_slices, is_sparse
 from mlm_cli.data.loader import batches
 from mlm_cli.data.samples import SampleSource, open_training_data
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
+    CONTEXT_KEYS,
     FREE_MODEL_KEYS,
     build_monitor,
     build_numerics,
@@ -251,23 +258,34 @@ def _build_model(
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
-        changes = free_settings(recipe.model)
-        model, section = agree.all_succeed(
-            lambda: load_model_folder(resolve_model(init_from), parallel, changes=changes)
-        )
-        _check_same_shape(section, recipe, init_from)
+        model = agree.all_succeed(lambda: _start_from(init_from, recipe, parallel))
     else:
         model = build_model(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
     return model.train(), prepare_for_training(model, recipe, parallel, dtype)
 
 
-def _check_same_shape(section: Any, recipe: Recipe, init_from: str) -> None:
+def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> Model:
+    """The weights of another run, for the context and the attention that this recipe asks for."""
+    folder = resolve_model(init_from)
+    _check_same_shape(read_model_config(folder)[0], recipe, init_from)
+    changes = free_settings(recipe.model) | {key: getattr(recipe.model, key) for key in CONTEXT_KEYS}
+    model, _ = load_model_folder(folder, parallel, changes=changes)
+    return model
+
+
+def _check_same_shape(section: ModelSection, recipe: Recipe, init_from: str) -> None:
     wanted, found = recipe.model.model_dump(), section.model_dump()
+    free = {*FREE_MODEL_KEYS, *CONTEXT_KEYS}
     differing = [
         f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"
         for key in wanted
-        if key not in FREE_MODEL_KEYS and None not in (wanted[key], found[key]) and wanted[key] != found[key]
+        if key not in free and None not in (wanted[key], found[key]) and wanted[key] != found[key]
     ]
+    # What the weights have learned to live with may be changed, but not by leaving it out.
+    if is_sparse(section) and recipe.model.attention.pattern is None:
+        differing.append(f"model.attention.pattern: {section.attention.pattern} there, not set in the recipe")
+    if section.rotary_scaling is not None and recipe.model.rotary_scaling is None:
+        differing.append(f"model.rotary_scaling: {section.rotary_scaling.type} there, not set in the recipe")
     if differing:
         raise UsageError(
             f"init_from {init_from} is another model:\n  " + "\n  ".join(differing),

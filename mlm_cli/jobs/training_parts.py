@@ -11,7 +11,7 @@ from mlm_cli import log
 from mlm_cli.checkpoint.load import find_newest, load_state
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
-from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.config.schema import AttentionSection, ModelSection, Recipe
 from mlm_cli.errors import RankLostError
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import Block
@@ -30,6 +30,8 @@ from mlm_cli.training.watchdog import Watchdog, limit_waits
 _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
+# The length of the context: pretraining may go on at another one than the weights come from.
+CONTEXT_KEYS = ("seq_length", "rotary_scaling")
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:
@@ -42,6 +44,11 @@ def seed_everything(seed: int, parallel: ParallelContext) -> None:
 def free_settings(model: ModelSection) -> dict[str, object]:
     """What a recipe may change about a model that is loaded."""
     return {key: getattr(model, key) for key in FREE_MODEL_KEYS}
+
+
+def kept_pattern(asked: AttentionSection, found: AttentionSection) -> AttentionSection:
+    """Attention of a model that is fine-tuned: its own pattern, unless the recipe names one; the recipe's kernel."""
+    return asked if asked.pattern is not None else found.model_copy(update={"kernel": asked.kernel})
 
 
 def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:

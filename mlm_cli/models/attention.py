@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, num_query_groups, output_init_std
+from mlm_cli.errors import UsageError
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
+from mlm_cli.models.sparse import attend_sparse, masked, pattern_of
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mlm_cli.parallel.ulysses import collect_heads, deal_heads
@@ -40,7 +42,8 @@ class SelfAttention(nn.Module):
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
         self.context, shares = parallel.context, group.size * parallel.context.size
         self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
-        self.kind, self.dropout = model.attention, model.attention_dropout
+        self.kind, self.dropout = model.attention.kernel, model.attention_dropout
+        self.pattern = pattern_of(model)
         self.streams: RandomStreams | None = None
         self.recompute = False  # scores and probabilities are worked out again in the backward pass
         blocks = (query, key, key)
@@ -55,7 +58,7 @@ class SelfAttention(nn.Module):
         kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
         heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self.kind == "auto" and not dropout and suits(heads):
+        if cache is None and self.pattern is None and self.kind == "auto" and not dropout and suits(heads):
             out = attend_blocked(heads, info.rotary, info.visible, self.num_heads, causal=info.causal)
             return self.out(collect_heads(out, self.context).flatten(2))
         if info.rotary is None:
@@ -67,7 +70,14 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
         attend = self._attend_again if self.recompute and torch.is_grad_enabled() else self._attend
-        out = attend(query, key, value, info, dropout)
+        if self.pattern is None:
+            out = attend(query, key, value, info, dropout)
+        else:
+            found = self._attend_sparse(query, key, value, info, dropout, self.pattern, cached=cache is not None)
+            if found is None:
+                key, value, info = masked(query, key, value, info, self.pattern, cached=cache is not None)
+                found = attend(query, key, value, info, dropout)
+            out = found
         return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
 
     def _attend_again(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
@@ -79,6 +89,20 @@ class SelfAttention(nn.Module):
         if dropout and self.streams is not None:
             options["context_fn"] = self.streams.recompute_contexts
         return checkpoint(self._attend, query, key, value, info, dropout, **options)
+
+    def _attend_sparse(
+        self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float,
+        pattern: ops.SparsePattern, *, cached: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """``_attend`` at the cost of the pattern; None where the kernel asked for takes the pattern as a mask."""
+        if self.kind != "auto":
+            return None
+        if dropout:
+            raise UsageError(
+                f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
+                hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs as dense",
+            )
+        return attend_sparse(query, key, value, info, pattern, cached=cached)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
@@ -126,7 +150,9 @@ def attend_reference(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     visible = info.visible
     if visible is None and info.causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
+    if visible is not None:  # a row that sees nothing is zero, as in the kernels
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     probs = torch.softmax(scores, -1)
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return (F.dropout(probs, dropout) @ value.float()).to(query.dtype)

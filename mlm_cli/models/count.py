@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import (
+    attended_keys,
     ffn_hidden_size,
     has_experts,
     head_dim,
@@ -127,7 +128,8 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", eq. 3,
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
-    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half.
+    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half;
+    where it is sparse, by the keys of its pattern.
     BERT's output layer counts for the masked tokens only, since only these go through it; of experts, those that a
     token goes to, and the router.
     """
@@ -135,7 +137,7 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
     query = model.num_attention_heads * head_dim(model)
     weights = h * (query + 2 * num_query_groups(model) * head_dim(model)) + query * h
     mlp = h * f * (3 if is_gated(model) else 2)
-    attention = 2 * s * query  # scores and their product with the values
+    attention = 2 * attended_keys(model, s) * query  # scores and their product with the values
     head: float = padded_vocab_size(model) * h
     if model.family == "bert":
         head = MASKED_SHARE * (head + h * h)

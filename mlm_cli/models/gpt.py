@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import padded_vocab_size
+from mlm_cli.config.shapes import is_sparse, padded_vocab_size
 from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.embedding import Embedding
@@ -87,7 +87,13 @@ class GPT(Model):
             cache: earlier tokens; these are added to it.
         """
         info = build_info(
-            tokens, positions=positions, segments=segments, cache=cache, table=self._rotary, dtype=self.dtype
+            tokens,
+            positions=positions,
+            segments=segments,
+            cache=cache,
+            table=self._rotary,
+            dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
         if cache is None:
             return self.run(tokens, info)
@@ -104,6 +110,7 @@ class GPT(Model):
             segments=batch.get("segments"),
             table=self._rotary,
             dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import head_dim
 from mlm_cli.models.embedding import TiedWords
 from mlm_cli.models.rotary import RotaryTable
 from mlm_cli.models.spec import LayerSpec
@@ -66,7 +65,7 @@ class Model(nn.Module):
             container, _, number = spec.name.partition(".")
             if not hasattr(self, container):
                 setattr(self, container, nn.ModuleList() if number else None)
-        self._rotary = RotaryTable(head_dim(model), model.rotary_base) if model.position == "rotary" else None
+        self._rotary = RotaryTable.of(model)
 
     def _add(self, spec: LayerSpec) -> None:
         """Layers keep their numbers, so that parameters have the same names whatever part of the model this is."""
