@@ -20,6 +20,8 @@ BENCHMARKS = {
     "pretrain": ["pretrain.py", "--layouts"],
     "bert": ["bert.py"],
     "generate": ["generate.py"],
+    "checkpoint": ["checkpoint.py"],
+    "megatron_core": ["megatron_core.py"],
     "sparse_attention": ["sparse_attention.py"],
 }
 

@@ -20,6 +20,7 @@ from mlm_cli.checkpoint.state import (
     HasState,
     Position,
     Streams,
+    describe_layout,
     is_layout,
     rank_file,
     read_about,
@@ -121,7 +122,7 @@ def _load_state(found: Found, engine: HasState, streams: Streams | None, paralle
     if same_layout:
         restore_rng(about, handle, parallel.device, streams)
     else:
-        was = " x ".join(f"{axis} {size}" for axis, size in found.manifest.layout.items() if axis != "world")
+        was = describe_layout(found.manifest.layout)
         log.info(f"{found.folder.name} was written on another layout ({was}): its state was laid out anew")
     engine.updates = int(about["updates"])
     if engine.scaler is not None and about.get("loss_scale"):

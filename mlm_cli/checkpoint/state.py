@@ -113,6 +113,12 @@ def layout_of(parallel: ParallelContext) -> dict[str, int]:
     }
 
 
+def describe_layout(written: Mapping[str, int]) -> str:
+    """``data 2 x pipeline 1 x tensor 2``."""
+    shown = {axis: size for axis, size in written.items() if axis != "world" and (axis != "context" or size > 1)}
+    return " x ".join(f"{axis} {size}" for axis, size in shown.items())
+
+
 def is_layout(written: Mapping[str, int], parallel: ParallelContext) -> bool:
     """Was a checkpoint written on this very layout? An axis that an older version did not know had one rank."""
     return all(written.get(axis, 1) == size for axis, size in layout_of(parallel).items())

@@ -9,7 +9,7 @@ from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.checkpoint.load import Found, load_state
-from mlm_cli.checkpoint.state import Position, is_layout
+from mlm_cli.checkpoint.state import Position, describe_layout, is_layout
 from mlm_cli.config.derived import Batch, batch_arithmetic
 from mlm_cli.config.requests import ReplayRequest
 from mlm_cli.config.resolve import resolve_recipe
@@ -170,10 +170,10 @@ def _take_steps(
 def _check_layout(found: Found, parallel: ParallelContext) -> None:
     wrote = found.manifest.layout
     if not is_layout(wrote, parallel):
-        was = ", ".join(f"{axis} {size}" for axis, size in wrote.items() if axis != "world")
         here = wrote["world"] == parallel.world.size
         raise UsageError(
-            f"{found.folder} was written by {wrote['world']} ranks ({was}); only they can give the same bits",
+            f"{found.folder} was written by {wrote['world']} ranks ({describe_layout(wrote)}); "
+            "only they give the same bits",
             hint="keep the parallel section" if here else f"add `--nproc {wrote['world']}`",
         )
 
