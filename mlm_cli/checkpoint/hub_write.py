@@ -22,7 +22,7 @@ from mlm_cli.checkpoint.model_card import model_card
 from mlm_cli.checkpoint.tensor_file import write_tensors
 from mlm_cli.checkpoint.weight_files import INDEX, SINGLE
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import hub_layout
+from mlm_cli.config.shapes import hub_layout, is_sparse
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.model import Model
@@ -127,6 +127,12 @@ def refuse_inexpressible(model: ModelSection) -> None:
     if hub_layout(model) == map_own.MODEL_TYPE:
         raise UsageError(
             f"no architecture of transformers holds this model: a mixture of experts (model.experts: {model.experts})",
+            hint="`--to mlm` keeps it",
+        )
+    if is_sparse(model):
+        raise UsageError(
+            f"no architecture of transformers holds this model: sparse attention (model.attention.pattern: "
+            f"{model.attention.pattern}); transformers would attend to every token, which is another model",
             hint="`--to mlm` keeps it",
         )
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from mlm_cli.checkpoint.megatron_keys import TOKEN_TYPES
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_sparse, num_query_groups
 from mlm_cli.errors import CheckpointError, UsageError
 
 # Options that change what the model computes, and the value (or absence) under which it is what we compute.
@@ -231,7 +231,7 @@ def refuse_inexpressible(model: ModelSection) -> None:
     expressed = _EXPRESSED.get(model.family, {})
     for name, about in ModelSection.model_fields.items():
         value, allowed = getattr(model, name), expressed.get(name)
-        if name == "attention" and isinstance(value, str):
+        if name == "attention" and not is_sparse(model):
             continue  # which code computes it, not what
         fits = name in expressed and (allowed is None or value in allowed)
         if not fits and (name in expressed or value != about.get_default(call_default_factory=True)):

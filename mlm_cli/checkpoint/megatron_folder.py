@@ -18,7 +18,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mlm_cli.checkpoint.megatron_keys import FAMILIES, HEAD_WORDS, IGNORED, LAYER, VERSIONS, WORDS, Family, canonical
+from mlm_cli.checkpoint.megatron_keys import (
+    FAMILIES,
+    HEAD_WORDS,
+    IGNORED,
+    LAYER,
+    NESTED,
+    VERSIONS,
+    WORDS,
+    Family,
+    canonical,
+)
 from mlm_cli.checkpoint.pickled import load_pickled
 from mlm_cli.errors import CheckpointError
 
@@ -75,6 +85,16 @@ class MegatronFiles:
     def main(self) -> Path:
         """The first rank's file, to name in errors that concern all."""
         return self.folder / rank_folder(0, 0, self.pipeline) / RANK_FILE
+
+    def file_of(self, name: str) -> Path:
+        """The first rank's file that holds a tensor, or should."""
+        if name in self.paths:
+            return self.paths[name][0]
+        match = _LAYER.fullmatch(name)
+        beside = f"{LAYER}{match.group(1)}." if match else ""
+        stage = 0 if name.startswith("language_model.embedding.") else self.pipeline - 1
+        default = self.folder / rank_folder(0, stage, self.pipeline) / RANK_FILE
+        return next((paths[0] for other, paths in self.paths.items() if beside and other.startswith(beside)), default)
 
     @property
     def num_layers(self) -> int:
@@ -221,8 +241,8 @@ def _family(names: set[str], path: Path) -> Family:
     if any(name.startswith("language_model.decoder.") for name in names):
         what = "a T5"
     else:
-        heads = sorted(name for name in names if not name.startswith("language_model."))
-        what = f"a model of unknown architecture (tensor {heads[0] if heads else min(names, default='none')})"
+        others = sorted(name for name in names if not name.startswith(NESTED)) or sorted(names)
+        what = f"a model of unknown architecture (tensor {others[0] if others else 'none'})"
     raise CheckpointError(
         f"{path} holds {what}; read in this layout: {known}",
         hint="only pretraining models are read, without the heads of tasks",

@@ -175,7 +175,7 @@ def load_section(
     unknown = sorted(set(files.tensors) - set(keys.values()))
     if unknown:
         raise CheckpointError(
-            f"{files.paths[unknown[0]][0]}: unexpected tensor {unknown[0]}", hint="its args do not describe this model"
+            f"{files.file_of(unknown[0])}: unexpected tensor {unknown[0]}", hint="its args do not describe this model"
         )
     if section.family == "bert" and has_two_gelus(files.args):
         log.warn(
@@ -189,7 +189,7 @@ def load_section(
                 with torch.no_grad():
                     param.zero_()
                 continue
-            raise CheckpointError(f"{files.main}: tensor {key} is missing")
+            raise CheckpointError(f"{files.file_of(key)}: tensor {key} is missing")
         full = _whole(files, name, key, order, shard_of(param), full_shape(param, parallel.tensor.size))
         with torch.no_grad():
             param.copy_(slice_full(full, shard_of(param), parallel.tensor.rank, parallel.tensor.size))

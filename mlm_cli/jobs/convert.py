@@ -146,7 +146,7 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
             )
         check_layout(section, tensor=request.tensor, pipeline=request.pipeline, version=request.checkpoint_version)
     else:
-        architecture = LAYOUTS[hub_layout(section)].ARCHITECTURE
+        architecture = LAYOUTS[hub_layout(section)].architecture(section)
     return {
         "source": str(source.shown),
         "source_layout": source.layout,

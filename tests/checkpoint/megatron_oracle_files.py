@@ -125,8 +125,10 @@ def write(
     legacy_file: bool = False,
     **changes: Any,
 ) -> Path:
-    """Save ``model`` as Megatron-LM would have; ``names``: "new" (final_norm), "classic" (final_layernorm) or "old"
-    (transformer, attention). ``changes`` are put into the args. Returns the folder of the iteration."""
+    """Save ``model`` as Megatron-LM would have. Returns the folder of the iteration; ``changes`` are put into the args.
+
+    ``names``: "new" (final_norm), "classic" (final_layernorm) or "old" (transformer, attention).
+    """
     about = facts(model)
     where = folder / ("release" if iteration is None else f"iter_{iteration:07d}")
     step = divisible_by * tensor
@@ -244,8 +246,8 @@ def _args(
         "normalization": "RMSNorm" if rotary else "LayerNorm", "norm_epsilon": about["eps"], "swiglu": rotary,
         "add_bias_linear": biased, "untie_embeddings_and_output_weights": about["head"] is not None,
         "bias_gelu_fusion": biased and getattr(model.config, "activation_function", "") == "gelu_new",
-        "openai_gelu": getattr(model.config, "hidden_act", "") == "gelu_new", "onnx_safe": None,
-        "hidden_dropout": 0.1, "attention_dropout": 0.1,
+        "openai_gelu": getattr(model.config, "hidden_act", "") == "gelu_new", "onnx_safe": None, "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
         "init_method_std": 0.02, "make_vocab_size_divisible_by": divisible_by, "padded_vocab_size": padded,
         "bert_binary_head": about.get("binary", True) is not None,
         "params_dtype": torch.float32, "model_type": ModelType(1), "lr": 1e-4, "num_experts": None, "rank": 0,
@@ -280,7 +282,7 @@ def logits(where: Path, tokens: Tensor, types: Tensor | None = None, hidden: Ten
         (s[0], s[1] if len(s) > 1 else 0): load(path / "model_optim_rng.pt")
         for s, path in zip(split, folders, strict=True)
     }
-    args, x = states[0, 0]["args"], torch.zeros(())
+    args, version, x = states[0, 0]["args"], states[0, 0].get("checkpoint_version", 0), torch.zeros(())
     for stage in range(pipeline):
         ranks = [states[rank, stage]["model"] for rank in range(tensor)]
         lm = [rank["language_model"] for rank in ranks]
@@ -289,7 +291,7 @@ def logits(where: Path, tokens: Tensor, types: Tensor | None = None, hidden: Ten
         encoders = [part.get("encoder", part.get("transformer")) for part in lm]
         while any(name.startswith("layers.0.") for name in encoders[0]):
             one = [{name[9:]: value for name, value in enc.items() if name.startswith("layers.0.")} for enc in encoders]
-            x = _layer(one, x, args, states[0, 0].get("checkpoint_version", 0), hidden)
+            x = _layer(one, x, args, version, hidden)
             encoders = [_shifted(enc) for enc in encoders]
         if stage == pipeline - 1:
             x = _norm(x, encoders[0], "final", args)
@@ -345,9 +347,7 @@ def _linear(x: Tensor, values: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, values[f"{name}.weight"], values.get(f"{name}.bias"))
 
 
-def _layer(
-    ranks: list[dict[str, Tensor]], x: Tensor, args: Any, version: float, hidden: Tensor | None = None
-) -> Tensor:
+def _layer(ranks: list[dict[str, Tensor]], x: Tensor, args: Any, version: float, hidden: Tensor | None) -> Tensor:
     attention = "self_attention" if "self_attention.dense.weight" in ranks[0] else "attention"
     inner = _norm(x, ranks[0], "input", args)
     parts = [
