@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own
+from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own, map_t5
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
@@ -20,7 +20,7 @@ from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
-LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_own)}
+LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
 # What a task head replaces: its model has no output layer over the vocabulary.
 _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -124,6 +124,15 @@ def _fill(
             if files.read(found).any():
                 raise CheckpointError(f"{files.file_of(found)}: tensor {name} is not zero, though config.json says so")
             used.add(found)
+    for name, original in layout.copies.items():
+        if name in files and name not in used:
+            first = _find(original, files, layout)
+            if first is None or not files.read(name).equal(files.read(first)):
+                raise CheckpointError(
+                    f"{files.file_of(name)}: tensor {name} is not {original}, though config.json says that it is",
+                    hint="for an output layer of its own config.json has `tie_word_embeddings: false`",
+                )
+            used.add(name)
     for name in files.names():
         if name not in used and not layout.ignored.fullmatch(name):
             raise CheckpointError(
@@ -132,8 +141,8 @@ def _fill(
 
 
 def _find(name: str, files: WeightFiles, layout: KeyMap) -> str | None:
-    """The name under which the files hold a tensor: with or without the prefix of the bare model."""
-    for candidate in (name, name.removeprefix(layout.prefix)):
+    """The name under which the files hold a tensor: with or without the prefix of the bare model, or a stand-in's."""
+    for candidate in (name, name.removeprefix(layout.prefix), *layout.stand_ins.get(name, ())):
         if candidate in files:
             return candidate
     return None

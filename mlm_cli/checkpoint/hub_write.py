@@ -152,8 +152,8 @@ def _jobs(
     for name, param in model.named_parameters():
         if name == "head.weight" and head is not None:
             continue
-        if name.startswith("embedding.") and not model.has_embedding:
-            continue  # the copy of tied words: the first stage writes them
+        if name in model.copies:
+            continue  # its owner, an earlier stage, writes it
         local = weights[name] if weights is not None else param.detach()
         kind = dtype or local.dtype
         size = local.numel() * (model.parallel.tensor.size if shard_of(param) else 1) * kind.itemsize
@@ -299,10 +299,14 @@ def _write_texts(
     head: Head | None,
 ) -> None:
     """Everything beside the weights: configs, tokenizer, model card."""
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
         tokenizer.save(folder)
+    if model.config.family == "t5":
+        # T5 begins a text with its padding token; transformers' own ids where nothing says otherwise.
+        ids = {"eos_token_id": 1, "pad_token_id": 0} | {key: value for key, value in ids.items() if value is not None}
+        ids["decoder_start_token_id"] = ids["pad_token_id"]
     architecture = layout.architecture(model.config)
     if head is not None:
         architecture = _PRETRAINING.sub("", architecture) + head.architecture

@@ -30,6 +30,8 @@ class KeyMap:
         prefix: of the names of the bare model; a file may leave it out.
         zeros: outside tensors that this model has no parameter for: written as zeros, and must be zeros when read.
         absent: outside tensors that may be missing and then count as zeros.
+        stand_ins: outside tensor -> others that hold the same, to be read where it is missing.
+        copies: outside tensor that may be there too -> the one it must be equal to.
         ignored: outside names that carry nothing (buffers, a second copy of tied weights).
     """
 
@@ -37,6 +39,8 @@ class KeyMap:
     prefix: str
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    stand_ins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
     ignored: re.Pattern[str] = re.compile(r"(?!)")
 
 
@@ -76,6 +80,7 @@ class ConfigReader:
 # Keys of the model section that no outside config.json can hold; kept in its entry `mlm`.
 KEPT = (
     "make_vocab_size_divisible_by", "hidden_dropout", "attention_dropout", "init_std", "attention", "binary_head",
+    "decoder_seq_length",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_query_groups
+from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_decoder_layers, num_query_groups
 from mlm_cli.models.count import count_parameters
 
 _STYLE = {
@@ -14,10 +14,11 @@ _STYLE = {
     "llama": "Llama style",
     "bert": "BERT",
     "megatron-bert": "Megatron-LM BERT",
+    "t5": "T5",
     "mlm": "mixture-of-experts",
 }
-_KIND = {"gpt": "causal language model", "bert": "masked language model"}
-_PIPELINE = {"gpt": "text-generation", "bert": "fill-mask"}
+_KIND = {"gpt": "causal language model", "bert": "masked language model", "t5": "encoder-decoder"}
+_PIPELINE = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 
 
 def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any]) -> str:
@@ -30,7 +31,7 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
     """
     classifier = "Classification" in architecture
     rows = {
-        "layers": model.num_layers,
+        "layers": f"{model.num_layers} + {num_decoder_layers(model)}" if model.family == "t5" else model.num_layers,
         "hidden size": model.hidden_size,
         "feed-forward size": ffn_hidden_size(model),
         "attention heads": model.num_attention_heads,

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
-from mlm_cli.config.schema import DataSection, ModelSection, Recipe
+from mlm_cli.config.model_checks import check_model
+from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
     head_dim,
     hub_layout,
-    is_sparse,
+    num_decoder_layers,
     num_query_groups,
     padded_vocab_size,
 )
@@ -32,6 +33,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
     """
     found: list[Mistake] = []
     if verb in ("pretrain", "plan"):
+        found += check_model(recipe)
         found += _shapes(recipe)
     if verb in (*TRAINING_VERBS, "plan"):
         found += _schedule(recipe)
@@ -69,7 +71,6 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
             f"rotary positions need an even head size; it is {head_dim(model)}",
             "choose another number of heads, or `model.position=learned`",
         )
-    yield from _attention(recipe.model)
     if heads % groups:
         yield Mistake(
             ("model.num_query_groups", "model.num_attention_heads"),
@@ -83,7 +84,6 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     ]
     if model.experts is not None:
         sliced.append(("model.experts.num_experts", model.experts.num_experts))
-        yield from _experts(model)
     for key, size in sliced:
         if size % tensor and (key != "model.num_query_groups" or groups != heads):
             yield Mistake(
@@ -106,44 +106,6 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     except UsageError as error:
         keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
         yield Mistake(keys, error.message, error.hint)
-
-
-def _attention(model: ModelSection) -> Iterator[Mistake]:
-    sparse = model.attention
-    if is_sparse(model) and sparse.kernel == "auto" and model.attention_dropout > 0:
-        yield Mistake(
-            ("model.attention_dropout", "model.attention.pattern"),
-            f"`model.attention.pattern` {sparse.pattern} has no dropout of its probabilities",
-            "use `model.attention_dropout=0`",
-        )
-    if sparse.pattern in ("strided", "fixed") and sparse.window % sparse.block:
-        yield Mistake(
-            ("model.attention.window", "model.attention.block"),
-            f"`model.attention.window` {sparse.window} is not a multiple of `model.attention.block` {sparse.block},"
-            f" which {sparse.pattern} needs",
-            f"use `model.attention.window={max(1, sparse.window // sparse.block) * sparse.block}`",
-        )
-    if model.rotary_scaling is not None and model.position != "rotary":
-        yield Mistake(
-            ("model.rotary_scaling", "model.position"),
-            f"`model.rotary_scaling` scales rotary positions, and `model.position` is {model.position}",
-            "use `model.rotary_scaling=null`",
-        )
-
-
-def _experts(model: ModelSection) -> Iterator[Mistake]:
-    if model.family != "gpt":
-        yield Mistake(
-            ("model.experts", "model.family"),
-            f"`model.experts` are for decoders (`model.family` gpt), not for {model.family}",
-            "use `model.experts=null`",
-        )
-    elif model.experts is not None and model.experts.every > model.num_layers:
-        yield Mistake(
-            ("model.experts.every", "model.num_layers"),
-            f"`model.experts.every` {model.experts.every} gives none of the {model.num_layers} layers experts",
-            f"use `model.experts.every={min(2, model.num_layers)}`",
-        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
@@ -270,11 +232,12 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             "and weights over many micro-batches",
             "use `parallel.zero=1` and `train.engine=auto`, or `parallel.pipeline=1`",
         )
-    if parallel.pipeline > recipe.model.num_layers:
+    layers = recipe.model.num_layers + (num_decoder_layers(recipe.model) if recipe.model.family == "t5" else 0)
+    if parallel.pipeline > layers:
         yield Mistake(
             ("parallel.pipeline", "model.num_layers"),
-            f"`model.num_layers` {recipe.model.num_layers} cannot fill `parallel.pipeline` {parallel.pipeline} stages",
-            f"use `parallel.pipeline={recipe.model.num_layers}` or less",
+            f"`model.num_layers` {layers} cannot fill `parallel.pipeline` {parallel.pipeline} stages",
+            f"use `parallel.pipeline={layers}` or less",
         )
     if parallel.pipeline > 1 and recipe.init_from is not None:
         yield Mistake(

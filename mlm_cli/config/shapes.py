@@ -15,6 +15,31 @@ def head_dim(model: ModelSection) -> int:
     return model.head_dim or model.hidden_size // model.num_attention_heads
 
 
+def attention_scale(model: ModelSection) -> float:
+    """Factor on attention scores: ``1 / sqrt(head size)``, which T5 has in its initial weights instead."""
+    return 1.0 if model.family == "t5" else head_dim(model) ** -0.5
+
+
+def decoder_seq_length(model: ModelSection) -> int:
+    """Tokens of a T5 target.
+
+    Unset: about what comes of masking 15 % of a text in spans of 3 on average (Raffel et al. 2020, section 3.1.4), the
+    defaults of ``data.span_corruption``: each span gives its tokens and a sentinel, and a text of ``r`` tokens leaves
+    ``0.9 r + 1``.
+    """
+    return model.decoder_seq_length or 2 * (model.seq_length - 1) // 9 + 1
+
+
+def num_decoder_layers(model: ModelSection) -> int:
+    """Of T5's decoder."""
+    return model.num_decoder_layers or model.num_layers
+
+
+def sample_tokens(model: ModelSection) -> int:
+    """Tokens that a model reads of one training sample."""
+    return model.seq_length + (decoder_seq_length(model) if model.family == "t5" else 0)
+
+
 def num_query_groups(model: ModelSection) -> int:
     """Key/value heads."""
     return model.num_query_groups or model.num_attention_heads
@@ -35,15 +60,6 @@ def ffn_hidden_size(model: ModelSection) -> int:
     if model.ffn_hidden_size is not None:
         return model.ffn_hidden_size
     return -(-8 * model.hidden_size // 192) * 64 if is_gated(model) else 4 * model.hidden_size
-
-
-def output_init_std(model: ModelSection) -> float:
-    """Standard deviation of initial weights that write to the residual stream.
-
-    Pre-norm sums grow with depth, which ``1 / sqrt(2 * layers)`` makes up for (Radford et al. 2019, section 2.3).
-    """
-    depth = model.num_layers if model.norm_order == "pre" else 0
-    return model.init_std / (2 * depth) ** 0.5 if depth else model.init_std
 
 
 def is_sparse(model: ModelSection) -> bool:
@@ -136,9 +152,21 @@ def _bert_rules(order: str) -> Rules:
     return rules
 
 
+def _t5_rules(model: ModelSection) -> dict[str, bool]:
+    return {
+        "position: relative": model.position == "relative",
+        "norm: rmsnorm": model.norm == "rmsnorm",
+        "norm_order: pre": model.norm_order == "pre",
+        "bias: false": not model.bias,
+        "num_query_groups: unset": num_query_groups(model) == model.num_attention_heads,
+        "num_token_types: 0": model.num_token_types == 0,
+    }
+
+
 _HUB_RULES: dict[str, dict[str, Rules]] = {
     "gpt": {"gpt2": _gpt2_rules, "llama": _llama_rules},
     "bert": {"bert": _bert_rules("post"), "megatron-bert": _bert_rules("pre")},
+    "t5": {"t5": _t5_rules},
 }
 
 

@@ -8,10 +8,14 @@ Raffel et al. 2020 (https://arxiv.org/abs/1910.10683), section 3.1.4, as the aut
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlm_cli.data.order import derive_key, draws
+
+if TYPE_CHECKING:
+    from mlm_cli.config.schema import ModelSection, SpanCorruptionSection
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ def lengths_for(seq_length: int, probability: float, mean_length: float) -> Span
             (middle, high) if span_lengths(middle, probability, mean_length).inputs <= seq_length else (low, middle)
         )
     return span_lengths(low, probability, mean_length)
+
+
+def with_targets(model: ModelSection, section: SpanCorruptionSection) -> ModelSection:
+    """The model section with ``decoder_seq_length`` filled in for T5: the size of a sample's target."""
+    if model.family != "t5" or model.decoder_seq_length is not None or model.seq_length < 4:
+        return model
+    targets = lengths_for(model.seq_length, section.probability, section.mean_length).targets
+    return model.model_copy(update={"decoder_seq_length": targets})
 
 
 def noise_mask(lengths: SpanLengths, key: int) -> np.ndarray:

@@ -50,6 +50,10 @@ class Decoder:
 
     # What rank 0 calls -------------------------------------------------------------------------------------------
 
+    def prefix(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens that an answer goes on from: of a causal model, the prompt itself."""
+        return prompt
+
     def add(self, tokens: Sequence[int]) -> Tensor:
         """Begin a text in row ``used``. Returns the logits after its last token, [vocab_size]."""
         return self.extend(self.used, tokens)
@@ -70,7 +74,7 @@ class Decoder:
     def drop(self, row: int) -> None:
         """Forget a row; the last row in use takes its number."""
         self._announce(_DROP, [row])
-        self._slots.drop(row)
+        self._drop(row)
 
     def close(self) -> None:
         """Let the following ranks go."""
@@ -89,7 +93,7 @@ class Decoder:
             if kind == _STEP:
                 self._step(values[:count])
             elif kind == _DROP:
-                self._slots.drop(values[0])
+                self._drop(values[0])
             else:
                 row, length = values[:2]
                 tokens = torch.zeros(length, dtype=torch.int64, device=device)
@@ -102,6 +106,10 @@ class Decoder:
             self._group.broadcast_(torch.tensor(message, device=self.model.parallel.device))
 
     # What every rank computes ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _drop(self, row: int) -> None:
+        self._slots.drop(row)
 
     @torch.inference_mode()
     def _extend(self, row: int, tokens: Sequence[int]) -> Tensor:

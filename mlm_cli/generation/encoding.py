@@ -19,10 +19,14 @@ class PromptEncoder:
 
     Args:
         max_length: longest prompt in tokens: the model's context.
+        ends: texts end with the end-of-document token, as an encoder has been taught; an empty one is that token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, *, ends: bool = False) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
+        if ends and tokenizer.eod_id is None:
+            raise DataError(f"tokenizer `{tokenizer.spec}` has no token that ends a text, which the encoder needs")
+        self._tail = [tokenizer.eod_id] if ends and tokenizer.eod_id is not None else []
         template = tokenizer.reference.encode("", add_special_tokens=True).ids
         begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
         self._lead: list[int] = [template[0]] if begins else []
@@ -33,7 +37,7 @@ class PromptEncoder:
         Raises:
             DataError: longer than the context, or empty with a tokenizer that has no token to begin with.
         """
-        tokens = self._lead + self._tokenizer.encode(prompt.text)
+        tokens = self._lead + self._tokenizer.encode(prompt.text) + self._tail
         if not tokens:
             begin = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eod_id
             if begin is None:

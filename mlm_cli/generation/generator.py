@@ -88,6 +88,7 @@ class _Row:
     """A text in the making."""
 
     source: EncodedPrompt
+    num_prefix: int  # tokens the answer goes on from
     position: int
     stream: TextStream
     scanner: StopScanner
@@ -98,7 +99,7 @@ class _Row:
 
     @property
     def length(self) -> int:
-        return len(self.source.tokens) + len(self.tokens)
+        return self.num_prefix + len(self.tokens)
 
 
 class Generator:
@@ -162,11 +163,11 @@ class Generator:
         return self._answer(text)
 
     def _begin(self, source: EncodedPrompt, position: int) -> _Row:
-        seen = torch.empty(0, dtype=torch.int64)
+        seen, prefix = torch.empty(0, dtype=torch.int64), self._decoder.prefix(source.tokens)
         if self._settings.sampling.repetition_penalty != 1:
             seen = torch.empty(self._decoder.max_length + 1, dtype=torch.int64)
-            seen[: len(source.tokens)] = torch.tensor(source.tokens)
-        row = _Row(source, position, self._new_stream(), StopScanner(self._settings.stops), seen)
+            seen[: len(prefix)] = torch.tensor(prefix)
+        row = _Row(source, len(prefix), position, self._new_stream(), StopScanner(self._settings.stops), seen)
         self._rows.append(row)
         return row
 

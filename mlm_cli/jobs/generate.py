@@ -21,6 +21,7 @@ from mlm_cli.errors import UsageError
 from mlm_cli.generation import prompts as prompt_sources
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.dialogue import Dialogue
+from mlm_cli.generation.encoder_decoder import EncoderDecoder
 from mlm_cli.generation.encoding import PromptEncoder
 from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
 from mlm_cli.generation.output import AnswerWriter
@@ -28,10 +29,13 @@ from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import text_stream
 from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
+from mlm_cli.models.t5 import T5
 from mlm_cli.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
     from mlm_cli.config.requests import GenerateRequest
+    from mlm_cli.config.schema import ModelSection
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,7 +82,7 @@ def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -
     if told.ready:
         if request.interactive:  # there Ctrl-C is for rank 0, though the terminal sends it to all
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Decoder(model, 1 if request.interactive else request.batch_size).follow()
+        _decoder(request, folder, model).follow()
     return 0
 
 
@@ -86,12 +90,13 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
     """Rank 0: everything that can be wrong with the input is found before the weights are read."""
     with _meeting(parallel) as told:
         section, _ = read_model_config(folder)
+        _check_family(section, request)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
         settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
-        encoder = PromptEncoder(tokenizer, section.seq_length)
+        encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5")
         prompts = None if request.interactive else _prompts(request, encoder)
-        decoder = Decoder(_load(request, folder, parallel), 1 if request.interactive else request.batch_size)
+        decoder = _decoder(request, folder, _load(request, folder, parallel))
         told.ready = True
     try:
         if prompts is None:
@@ -123,7 +128,32 @@ def _meeting(parallel: ParallelContext) -> Iterator[_Told]:
             told.ready = bool(parallel.tensor.broadcast_(flag).item())
 
 
-def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> GPT:
+def _check_family(section: ModelSection, request: GenerateRequest) -> None:
+    """Refuse what a family cannot do."""
+    if section.family == "bert":
+        raise UsageError(
+            f"{request.model} is a masked language model: it fills gaps, and does not write on",
+            hint="generate with a model of family gpt or t5",
+        )
+    if section.family == "t5" and request.interactive:
+        raise UsageError(
+            f"{request.model} answers a text that it reads as a whole; it cannot go on with a conversation",
+            hint="give texts with --prompt, --prompts or on standard input",
+        )
+
+
+def _decoder(request: GenerateRequest, folder: Path, model: Model) -> Decoder:
+    """What runs the model, equal on all ranks."""
+    rows = 1 if request.interactive else request.batch_size
+    if isinstance(model, T5):
+        _, config = read_model_config(folder)
+        start = config.get("decoder_start_token_id", int, config.get("pad_token_id", int, 0))
+        return EncoderDecoder(model, rows, max_length=request.max_new_tokens + 1, start_id=start)
+    assert isinstance(model, GPT)
+    return Decoder(model, rows)
+
+
+def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> Model:
     """The model in the precision asked for; ``auto`` is that of the files."""
     dtype = _DTYPES.get(request.precision)
     if dtype is None:

@@ -25,9 +25,10 @@ from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
 from mlm_cli.config.schema import ModelSection, Recipe
-from mlm_cli.config.shapes import check_slices, is_sparse
+from mlm_cli.config.shapes import check_slices, is_sparse, sample_tokens
 from mlm_cli.data.loader import batches
 from mlm_cli.data.samples import SampleSource, open_training_data
+from mlm_cli.data.span_corruption import with_targets
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
@@ -177,7 +178,8 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
     vocab_size = recipe.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
     if vocab_size is None:
         raise UsageError("the size of the vocabulary is unknown", hint="set `tokenizer`, or model.vocab_size")
-    model = recipe.model.model_copy(update={"vocab_size": vocab_size})
+    model = with_targets(recipe.model, recipe.data.span_corruption)
+    model = model.model_copy(update={"vocab_size": vocab_size})
     if tokenizer is not None:
         check_vocabulary(model, tokenizer, where="model.vocab_size")
     check_slices(model, recipe.parallel.tensor)
@@ -333,6 +335,6 @@ def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str
     layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size}{context} x data {parallel.data.size}"
     log.info(
         f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
-        f"{batch.global_batch_size} x {recipe.model.seq_length:,} tokens a step "
+        f"{batch.global_batch_size} x {sample_tokens(recipe.model):,} tokens a step "
         f"({batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated)"
     )

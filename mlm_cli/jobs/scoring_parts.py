@@ -48,11 +48,17 @@ def language_model_section(folder: Path, name: str) -> ModelSection:
     """The model section of a model that predicts text.
 
     Raises:
-        UsageError: ``name`` is a classifier.
+        UsageError: ``name`` is a classifier, or of a family that gives no probability of each next word.
     """
     section, config = read_model_config(folder)
     if any("Classification" in str(kind) for kind in config.get("architectures", list, [])):
         raise UsageError(f"{name} is a classifier: it predicts no text", hint="use --task classification")
+    if section.family != "gpt":
+        what = {"bert": "a masked language model", "t5": "an encoder-decoder"}[section.family]
+        raise UsageError(
+            f"{name} is {what}: it gives no probability of each next word of a text",
+            hint="its loss on masked words is the `valid_loss` of pretraining; perplexity is for family gpt",
+        )
     return section
 
 

@@ -13,7 +13,7 @@ from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.schema import AttentionSection, ModelSection, Recipe
 from mlm_cli.errors import RankLostError
-from mlm_cli.models.attention import SelfAttention
+from mlm_cli.models.attention import Attention
 from mlm_cli.models.block import Block
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.model import Model
@@ -56,7 +56,7 @@ def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext
     model.dtype = dtype
     model.recompute = recipe.train.recompute == "full"
     for module in model.modules():
-        if isinstance(module, SelfAttention):
+        if isinstance(module, Attention):
             module.recompute = recipe.train.recompute == "selective"
     streams = RandomStreams(parallel, recipe.seed)
     model.set_streams(streams)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlm_cli.config.schema import ModelSection, Recipe
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_gated, num_query_groups, padded_vocab_size
+from mlm_cli.config.shapes import (
+    decoder_seq_length,
+    ffn_hidden_size,
+    head_dim,
+    is_gated,
+    num_decoder_layers,
+    num_query_groups,
+    padded_vocab_size,
+)
 from mlm_cli.models.count import layer_counts
 from mlm_cli.models.stages import balance, layer_costs
 
@@ -29,12 +37,13 @@ class Memory:
 
 
 def parameters_per_rank(model: ModelSection, tensor: int, pipeline: int = 1) -> int:
-    """Of the rank that holds most. A stage whose output layer is tied to words of another one holds a copy of them."""
+    """Of the rank that holds most. A stage that uses words or tables of another one holds a copy of them."""
     layers = layer_counts(model)
 
     def held(part: range) -> int:
-        copies = sum(layers[number].tied // tensor for number in part if 0 not in part)
-        return sum(layers[number].held(tensor) for number in part) + copies
+        here = {layers[number].name for number in part}
+        copies = {name: size for number in part for name, size in layers[number].tied.items() if name not in here}
+        return sum(layers[number].held(tensor) for number in part) + sum(copies.values()) // tensor
 
     return max(held(part) for part in balance([layer.cost for layer in layers], pipeline))
 
@@ -58,14 +67,17 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     copies = data_parallel_size * recipe.parallel.context
     shards, grad_shards, weight_shards = (copies if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3))
     width = 2 if half else 4
-    tokens = recipe.train.micro_batch_size * model.seq_length // recipe.parallel.context
+    micro = recipe.train.micro_batch_size
+    tokens = micro * model.seq_length // recipe.parallel.context
+    targets = micro * decoder_seq_length(model) if model.family == "t5" else 0
     outer = tensor if recipe.parallel.sequence else 1
-    activations = _activations(model, tensor, outer, tokens, width, full_recompute=recipe.train.recompute == "full")
+    full = recipe.train.recompute == "full"
+    activations = _activations(model, tensor, outer, tokens, targets, width, full_recompute=full)
     if pipeline > 1:
         # The first stage keeps a micro-batch for every stage behind it (Narayanan et al. 2021, section 2.2).
-        layers = max(len(part) for part in balance(layer_costs(model), pipeline))
-        activations = activations * min(layers, model.num_layers) * pipeline // model.num_layers
-    rows = min(tokens, LOSS_CHUNK_TOKENS)
+        layers, most = max(len(part) for part in balance(layer_costs(model), pipeline)), _num_layers(model)
+        activations = activations * min(layers, most) * pipeline // most
+    rows = min(targets or tokens, LOSS_CHUNK_TOKENS)
     return Memory(
         weights=width * params // weight_shards,
         gradients=(4 if accumulate or not half else 2) * params // grad_shards,
@@ -75,10 +87,21 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     )
 
 
-def _activations(model: ModelSection, tensor: int, outer: int, tokens: int, width: int, *, full_recompute: bool) -> int:
+def _num_layers(model: ModelSection) -> int:
+    return model.num_layers + (num_decoder_layers(model) if model.family == "t5" else 0)
+
+
+def _activations(
+    model: ModelSection, tensor: int, outer: int, tokens: int, targets: int, width: int, *, full_recompute: bool
+) -> int:
     """Saved for backward: per token and layer two norms, their inputs, and the sliced inner values of both halves.
 
-    ``outer``: ranks that the tokens between sliced layers are shared out over.
+    A layer of T5's decoder also keeps what attention across has: a norm, queries and context of its own tokens, keys
+    and values of the encoder's.
+
+    Args:
+        outer: ranks that the tokens between sliced layers are shared out over.
+        tokens, targets: of a micro-batch on this rank, the latter of T5's decoder.
     """
     h = model.hidden_size
     query, groups = model.num_attention_heads * head_dim(model), num_query_groups(model) * head_dim(model)
@@ -87,7 +110,12 @@ def _activations(model: ModelSection, tensor: int, outer: int, tokens: int, widt
     if model.hidden_dropout > 0:
         outside += 2 * h  # byte masks
     sliced = (2 * query + 2 * groups + inner) * width // tensor  # q, k, v, context; both sides of the activation
-    layer = tokens * (outside // outer + sliced)
-    if full_recompute:
-        return tokens * h * width // outer * model.num_layers + layer
-    return layer * model.num_layers
+    layer, inputs = tokens * (outside // outer + sliced), tokens * h * width // outer
+    kept, saved = layer * model.num_layers, inputs * model.num_layers
+    if model.family == "t5":
+        across = targets * (2 * h // outer + 2 * query // tensor) * width + tokens * 2 * query // tensor * width
+        decoder = targets * (outside // outer + sliced) + across
+        kept += decoder * num_decoder_layers(model)
+        saved += targets * h * width // outer * num_decoder_layers(model)
+        layer = max(layer, decoder)
+    return saved + layer if full_recompute else kept

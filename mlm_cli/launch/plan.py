@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm_cli.config.derived import Batch, batch_arithmetic, samples_of
 from mlm_cli.config.schema import Recipe
-from mlm_cli.config.shapes import padded_vocab_size
+from mlm_cli.config.shapes import padded_vocab_size, sample_tokens
 from mlm_cli.errors import UsageError
 from mlm_cli.launch import memory
 from mlm_cli.models.count import FLOPS_FORMULA, count_parameters, flops_per_token, parameter_parts
@@ -66,9 +66,9 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
     """
     recipe = with_vocabulary(recipe)
     model, batch = recipe.model, batch_arithmetic(recipe, world_size)
-    tokens_per_step = batch.global_batch_size * model.seq_length
+    tokens_per_step = batch.global_batch_size * sample_tokens(model)
     per_token = flops_per_token(model, model.seq_length)
-    tokens = samples_of(recipe.train.steps, batch.global_batch_size, recipe.train.rampup) * model.seq_length
+    tokens = samples_of(recipe.train.steps, batch.global_batch_size, recipe.train.rampup) * sample_tokens(model)
     rate = None if device_tflops is None else world_size * device_tflops * 1e12 * mfu
     return Plan(
         world_size=world_size,
@@ -101,7 +101,12 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
 
 
 def with_vocabulary(recipe: Recipe) -> Recipe:
-    """The recipe with ``model.vocab_size`` filled in from its tokenizer."""
+    """The recipe with ``model.vocab_size`` filled in from its tokenizer, and T5's targets from their spans."""
+    if recipe.model.family == "t5":
+        from mlm_cli.data.span_corruption import with_targets
+
+        model = with_targets(recipe.model, recipe.data.span_corruption)
+        recipe = recipe.model_copy(update={"model": model})
     if recipe.model.vocab_size is not None:
         return recipe
     if recipe.tokenizer is None:

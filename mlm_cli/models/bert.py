@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import padded_vocab_size
 from mlm_cli.models.block import Block, Norm
-from mlm_cli.models.embedding import Embedding
+from mlm_cli.models.embedding import Embedding, shared_words
 from mlm_cli.models.info import SequenceInfo, encoder_info
 from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.spec import LayerSpec
@@ -57,7 +58,8 @@ class BertHead(nn.Module):
         self.norm = Norm(model, parallel, dtype, sequence=SOLO)
         self.weight: nn.Parameter | None = None
         if not model.tie_embeddings:
-            self.weight = new_parameter(rows, h, init=model.init_std, shard=shard, dtype=dtype, device=parallel.device)
+            std = initial_std(model).head
+            self.weight = new_parameter(rows, h, init=std, shard=shard, dtype=dtype, device=parallel.device)
         self.bias = new_parameter(rows, init="zeros", shard=shard, dtype=dtype, device=parallel.device)
         binary = model.binary_head != "none"
         self.pooler = Dense(h, h, *options) if binary else None
@@ -76,16 +78,16 @@ class BertHead(nn.Module):
 def bert_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> list[LayerSpec]:
     """The whole model as a flat list. Post-norm layers end in a norm, so there is no final one."""
     costs = layer_costs(model)
-    tied = "embedding.word.weight" if model.tie_embeddings else None
+    words = shared_words(model, parallel, dtype)
     pre = model.norm_order == "pre"
     return [
-        LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
+        LayerSpec("embedding", lambda: Embedding(model, parallel, dtype), shared=words),
         *(
             LayerSpec(f"layers.{i}", partial(Block, model, parallel, dtype, i), costs[1 + i])
             for i in range(model.num_layers)
         ),
         *([LayerSpec("final_norm", lambda: Norm(model, parallel, dtype))] if pre else []),
-        LayerSpec("head", lambda: BertHead(model, parallel, dtype), costs[-1], tied),
+        LayerSpec("head", lambda: BertHead(model, parallel, dtype), costs[-1], words),
     ]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli import ops
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, has_experts, is_gated, output_init_std
+from mlm_cli.config.shapes import ffn_hidden_size, has_experts, is_gated
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.experts import Experts
@@ -19,6 +21,9 @@ from mlm_cli.models.info import SequenceInfo
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
 from mlm_cli.parallel.mappings import copy_to_group
+
+if TYPE_CHECKING:
+    from mlm_cli.parallel.random import RandomStreams
 
 # A context in which to draw dropout masks for what lies between sliced layers.
 Masks = Callable[[], AbstractContextManager[None]]
@@ -59,30 +64,41 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward layer, its inner width cut over the tensor group; gated ones have rows gate | up."""
+    """Feed-forward layer, its inner width cut over the tensor group; gated ones have rows gate | up.
+
+    T5 has dropout on the inner width too.
+    """
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         group, width = parallel.tensor, ffn_hidden_size(model)
         options = {"sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
-        self.activation = model.activation
+        self.activation, stds = model.activation, initial_std(model)
+        self.inner_dropout = model.hidden_dropout if model.family == "t5" else 0.0
+        self.streams: RandomStreams | None = None
         blocks = (width, width) if is_gated(model) else (width,)
         self.up = ColumnParallelLinear(
-            model.hidden_size, sum(blocks), group, bias=model.bias, blocks=blocks, init_std=model.init_std, **options
+            model.hidden_size, sum(blocks), group, bias=model.bias, blocks=blocks, init_std=stds.up, **options
         )
-        std = output_init_std(model)
-        self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=std, **options)
+        self.down = RowParallelLinear(width, model.hidden_size, group, bias=model.bias, init_std=stds.down, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        inner = self._activate(x)
+        if self.training and self.inner_dropout:
+            with self.streams.sliced() if self.streams is not None else nullcontext():
+                inner = F.dropout(inner, self.inner_dropout)
+        return self.down(inner)
+
+    def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
-            return self.down(ops.swiglu(self.up(x)))
+            return ops.swiglu(self.up(x))
         if self.activation == "geglu":
             gate, up = self.up(x).chunk(2, -1)
-            return self.down(ops.bias_gelu(gate, None) * up)
+            return ops.bias_gelu(gate, None) * up
         if self.activation == "relu":
-            return self.down(F.relu(self.up(x)))
+            return F.relu(self.up(x))
         gelu = ops.bias_gelu if self.activation == "gelu" else ops.bias_gelu_erf
-        return self.down(gelu(self.up.without_bias(x), self.up.bias))
+        return gelu(self.up.without_bias(x), self.up.bias)
 
 
 class Block(nn.Module):

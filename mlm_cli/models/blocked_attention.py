@@ -1,12 +1,14 @@
 """Training attention for processors whose matrix units are fast in bfloat16 and whose fused attention is not.
 
-Forward is torch's fused attention. Its backward for the CPU runs at a small share of the bfloat16 matrix rate; here the
-probabilities are recomputed a block of queries at a time (as Dao et al. 2022, section 3.1, do on GPUs) with plain
-batched products around our softmax kernel. Memory grows with the block, not with the square of the sequence.
+Forward is torch's fused attention. Its backward for the CPU runs at a small share of the bfloat16 matrix rate, and it
+has none for a bias that learns: it would fall back to plain code with all scores in memory. Here the probabilities are
+recomputed a block of queries at a time (as Dao et al. 2022, section 3.1, do on GPUs) with plain batched products around
+our softmax kernel. Memory grows with the block, not with the square of the sequence.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,48 +23,64 @@ _BLOCK_BYTES = 4 << 20
 _QUERIES = 256
 
 
-def suits(x: Tensor) -> bool:
-    """True where this beats torch's own backward (measured; float32 does not gain)."""
-    return x.is_cpu and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+def suits(x: Tensor, bias: Tensor | None = None) -> bool:
+    """True where this beats torch's own backward (measured; float32 gains with a bias alone)."""
+    return x.is_cpu and (x.dtype == torch.bfloat16 or bias is not None) and torch.is_grad_enabled()
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, visible: Tensor | None, num_heads: int,
-        causal: bool,
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, visible: Tensor | None, bias: Tensor | None,
+        num_heads: int, causal: bool, scale: float,
     ) -> Tensor:  # fmt: skip
         num_groups = (qkv.shape[2] - num_heads) // 2
         if cos is not None and sin is not None:
             qkv = qkv.clone()
             rotate_(qkv[:, :, : num_heads + num_groups], cos, sin)
         query, key, value = (x.transpose(1, 2) for x in qkv.split([num_heads, num_groups, num_groups], 2))
+        mask = visible if bias is None else bias.to(qkv.dtype)
         out = F.scaled_dot_product_attention(
-            query, key, value, visible, is_causal=causal and visible is None, enable_gqa=num_groups != num_heads
+            query, key, value, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=num_groups != num_heads
         )
-        ctx.save_for_backward(qkv, cos, sin, visible)
-        ctx.num_heads, ctx.num_groups, ctx.causal = num_heads, num_groups, causal
+        ctx.save_for_backward(qkv, cos, sin, visible if bias is None else None, bias)
+        ctx.num_heads, ctx.num_groups, ctx.causal, ctx.scale = num_heads, num_groups, causal, scale
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin, visible = ctx.saved_tensors
+        qkv, cos, sin, visible, bias = ctx.saved_tensors
+        bias = None if bias is None else bias.detach()
         grad_qkv = torch.empty_like(qkv)
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
         rows = max(1, _BLOCK_BYTES // (ctx.num_heads * min(_QUERIES, qkv.shape[1]) * qkv.shape[1] * qkv.element_size()))
         for first in range(0, qkv.shape[0], rows):
             part = slice(first, first + rows)
-            mask = visible if visible is None or visible.shape[0] == 1 else visible[part]
-            _gradients(qkv[part], grad[part], grad_qkv[part], mask, ctx.num_heads, ctx.num_groups, ctx.causal)
+            visible_here, bias_here, grad_bias_here = (
+                x if x is None or x.shape[0] == 1 else x[part] for x in (visible, bias, grad_bias)
+            )
+            shape = _Shape(ctx.num_heads, ctx.num_groups, ctx.causal, ctx.scale)
+            _gradients(qkv[part], grad[part], grad_qkv[part], visible_here, bias_here, grad_bias_here, shape)
         if cos is not None:
             rotate_(grad_qkv[:, :, : ctx.num_heads + ctx.num_groups], cos, -sin)
-        return grad_qkv, None, None, None, None, None
+        return grad_qkv, None, None, None, grad_bias, None, None, None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    num_heads: int
+    num_groups: int
+    causal: bool
+    scale: float
 
 
 def _gradients(
-    qkv: Tensor, grad: Tensor, grad_qkv: Tensor, visible: Tensor | None, num_heads: int, num_groups: int, causal: bool
-) -> None:
-    """Gradients of some samples, ``[b, s, heads, d]`` each, written to ``grad_qkv``."""
+    qkv: Tensor, grad: Tensor, grad_qkv: Tensor, visible: Tensor | None, bias: Tensor | None, grad_bias: Tensor | None,
+    shape: _Shape,
+) -> None:  # fmt: skip
+    """Gradients of some samples, ``[b, s, heads, d]`` each, written to ``grad_qkv`` and added to ``grad_bias``."""
     b, s, _, d = qkv.shape
+    num_heads, num_groups, causal = shape.num_heads, shape.num_groups, shape.causal and bias is None
     repeats = num_heads // num_groups
 
     def whole(x: Tensor) -> Tensor:
@@ -77,11 +95,17 @@ def _gradients(
     for start in reversed(range(0, s, _QUERIES)):
         rows = slice(start, min(start + _QUERIES, s))
         seen = rows.stop if causal else s
-        mask = visible
+        mask = visible if bias is None else bias[:, :, rows]
         if visible is not None:  # a mask of keys alone has one row for all queries
             mask = ~(visible if visible.shape[2] == 1 else visible[:, :, rows])[..., :seen]
         # The last block sees every key, and is the first to be done: it fills what others add to.
-        _block_gradients(query, key, value, grad, grads, rows, seen, mask, b, causal=causal, fill=rows.stop == s)
+        scores = _block_gradients(
+            query, key, value, grad, grads, rows, seen, mask, b, shape.scale, causal=causal, fill=rows.stop == s
+        )
+        if grad_bias is not None:
+            mine, scores = grad_bias[:, :, rows], scores.view(b, num_heads, -1, s)
+            summed = scores if mine.shape[0] == b else scores.sum(0, keepdim=True, dtype=mine.dtype)
+            mine.add_(summed, alpha=1 / shape.scale)  # the scores' gradient has the scale in it
     for mine, where in zip(grads, grad_qkv.split([num_heads, num_groups, num_groups], 2), strict=True):
         heads = mine.view(b, num_heads, s, d)
         if where.shape[2] != num_heads:
@@ -91,11 +115,13 @@ def _gradients(
 
 def _block_gradients(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, grads: list[Tensor], rows: slice, seen: int,
-    hidden: Tensor | None, b: int, *, causal: bool, fill: bool,
-) -> None:  # fmt: skip
-    """What the queries of ``rows`` give to the gradients; keys from ``seen`` on are out of sight."""
+    hidden: Tensor | None, b: int, scale: float, *, causal: bool, fill: bool,
+) -> Tensor:  # fmt: skip
+    """What the queries of ``rows`` give to the gradients; keys from ``seen`` on are out of sight.
+
+    ``hidden``: as ``ops.scaled_masked_softmax`` takes it. Returns the gradient of the scores, ``[b * n, rows, seen]``.
+    """
     query, grad, key, value = query[:, rows], grad[:, rows], key[:, :seen], value[:, :seen]
-    scale = query.shape[-1] ** -0.5
     scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, query.shape[1], seen).requires_grad_()
     with torch.enable_grad():
         if causal and hidden is None:
@@ -111,10 +137,18 @@ def _block_gradients(
             torch.bmm(left.transpose(1, 2), right, out=whole)
         else:
             whole[:, :seen] += torch.bmm(left.transpose(1, 2), right)
+    return grad_scores
 
 
 def attend_blocked(
-    qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, visible: Tensor | None, num_heads: int, *, causal: bool = True
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    visible: Tensor | None,
+    num_heads: int,
+    *,
+    causal: bool = True,
+    bias: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of a whole sequence to itself.
 
@@ -124,9 +158,12 @@ def attend_blocked(
         visible: ``[b or 1, 1, s or 1, s]``, True where a token may look; None: everywhere that ``causal`` allows.
         num_heads: query heads.
         causal: no token sees a later one, and ``visible`` says so too.
+        bias: ``[b or 1, heads, s, s]``, see ``SequenceInfo``; takes the place of ``visible`` and ``causal``.
+        scale: of the scores; unset: ``1 / sqrt(d)``.
 
     Returns:
         ``[b, s, heads, d]``.
     """
     cos, sin = rotary if rotary is not None else (None, None)
-    return _BlockedAttention.apply(qkv, cos, sin, visible, num_heads, causal)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return _BlockedAttention.apply(qkv, cos, sin, visible, bias, num_heads, causal, scale)

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import padded_vocab_size
 from mlm_cli.models.block import Masks, Norm
 from mlm_cli.models.info import SequenceInfo
+from mlm_cli.models.spec import Shared
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import VocabParallelEmbedding, new_parameter
 from mlm_cli.parallel.mappings import copy_to_group
@@ -23,12 +25,9 @@ class Embedding(nn.Module):
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        assert model.vocab_size is not None
-        options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
         self.hidden_dropout, self.context = model.hidden_dropout, parallel.context
         self.masks: Masks = nullcontext
-        sizes = (model.vocab_size, padded_vocab_size(model), model.hidden_size)
-        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, sequence=parallel.sequence, **options)
+        self.word = word_embedding(model, parallel, dtype)
         learned, types = model.position == "learned", model.num_token_types
         self.position = Position(model.seq_length, model, parallel, dtype) if learned else None
         self.token_type = Position(types, model, parallel, dtype) if types else None
@@ -63,11 +62,23 @@ class Position(nn.Module):
         return F.embedding(own_tokens(numbers, self.sequence, -1), copy_to_group(self.weight, self.sequence))
 
 
-class TiedWords(nn.Module):
-    """A stage's copy of the word embedding, where the output layer that shares it is on another stage."""
+def word_embedding(model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> VocabParallelEmbedding:
+    """Vectors of the words, their rows cut over the tensor group; padding rows included."""
+    assert model.vocab_size is not None
+    return VocabParallelEmbedding(
+        model.vocab_size,
+        padded_vocab_size(model),
+        model.hidden_size,
+        parallel.tensor,
+        sequence=parallel.sequence,
+        init_std=initial_std(model).word,
+        dtype=dtype,
+        device=parallel.device,
+    )
 
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
-        sizes = (model.vocab_size or 0, padded_vocab_size(model), model.hidden_size)
-        options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
-        self.word = VocabParallelEmbedding(*sizes, parallel.tensor, **options)
+
+def shared_words(model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> tuple[Shared, ...]:
+    """The word embedding, for the entries that share it: the embedding and a tied output layer."""
+    if not model.tie_embeddings:
+        return ()
+    return (Shared("embedding.word", lambda: word_embedding(model, parallel, dtype)),)

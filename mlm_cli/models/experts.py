@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli import ops
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ExpertsSection, ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, is_gated, output_init_std
+from mlm_cli.config.shapes import ffn_hidden_size, is_gated
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
@@ -116,8 +117,8 @@ class Experts(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": parallel.device}
         self.first = parallel.tensor.rank * here
         self.router = new_parameter(count, h, init=model.init_std, **options)
-        self.up = new_parameter(here, rows, h, init=model.init_std, shard=shard, **options)
-        self.down = new_parameter(here, h, f, init=output_init_std(model), shard=shard, **options)
+        self.up = new_parameter(here, rows, h, init=initial_std(model).up, shard=shard, **options)
+        self.down = new_parameter(here, h, f, init=initial_std(model).down, shard=shard, **options)
         self.up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         if model.bias:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import is_sparse, padded_vocab_size
 from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
-from mlm_cli.models.embedding import Embedding
+from mlm_cli.models.embedding import Embedding, shared_words
 from mlm_cli.models.info import SequenceInfo, build_info
 from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.spec import LayerSpec
@@ -36,7 +37,7 @@ class Head(nn.Module):
             self.weight = new_parameter(
                 rows,
                 model.hidden_size,
-                init=model.init_std,
+                init=initial_std(model).head,
                 shard=Shard(0, valid=model.vocab_size),
                 dtype=dtype,
                 device=parallel.device,
@@ -46,15 +47,15 @@ class Head(nn.Module):
 def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> list[LayerSpec]:
     """The whole model as a flat list: embedding, layers, final norm, output layer."""
     costs = layer_costs(model)
-    tied = "embedding.word.weight" if model.tie_embeddings else None
+    words = shared_words(model, parallel, dtype)
     return [
-        LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
+        LayerSpec("embedding", lambda: Embedding(model, parallel, dtype), shared=words),
         *(
             LayerSpec(f"layers.{i}", partial(Block, model, parallel, dtype, i), costs[1 + i])
             for i in range(model.num_layers)
         ),
         LayerSpec("final_norm", lambda: Norm(model, parallel, dtype)),
-        LayerSpec("head", lambda: Head(model, parallel, dtype), costs[-1], tied),
+        LayerSpec("head", lambda: Head(model, parallel, dtype), costs[-1], words),
     ]
 
 

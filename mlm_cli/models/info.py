@@ -27,6 +27,8 @@ class SequenceInfo:
         segments: ``[b, s]`` document numbers that ``visible`` does not hold: sparse attention masks them itself.
         start: ``[b]`` padding at the left of each row of the cache.
         token_types: ``[b, s]``, which sentence a token is of, for models that have an embedding of it.
+        bias: float ``[b or 1, n, s, keys]``, added to the scores of each head; -inf where a token may not look, so that
+            it stands for ``visible`` and ``causal`` too. May need a gradient.
     """
 
     positions: Tensor
@@ -37,6 +39,7 @@ class SequenceInfo:
     segments: Tensor | None = None
     start: Tensor | None = None
     token_types: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def build_info(

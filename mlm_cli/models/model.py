@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.models.embedding import TiedWords
 from mlm_cli.models.rotary import RotaryTable
-from mlm_cli.models.spec import LayerSpec
+from mlm_cli.models.spec import LayerSpec, Shared
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.sequence import gather_tokens
 
@@ -37,6 +36,8 @@ class Model(nn.Module):
         has_embedding, has_head: whether this part begins, or ends, the model.
         recompute: rebuild each layer's activations in the backward pass instead of keeping them.
         streams: dropout streams; set by training when there is dropout.
+        shared: modules with a weight that several entries of the list use, by name; on several stages a copy each.
+        copies: full names of the parameters that an earlier stage owns.
         score_names: what ``scores`` measures.
     """
 
@@ -54,13 +55,17 @@ class Model(nn.Module):
         self.config, self.parallel, self.dtype = model, parallel, dtype
         self.recompute = False
         self.streams: RandomStreams | None = None
-        mine = [specs[number] for number in (range(len(specs)) if part is None else part)]
+        part = range(len(specs)) if part is None else part
+        mine = [specs[number] for number in part]
         self.has_embedding, self.has_head = mine[0] is specs[0], mine[-1] is specs[-1]
         self._order: list[tuple[nn.Module, bool]] = []  # with: is it a transformer layer, which may be recomputed?
-        if any(spec.tied for spec in mine) and not self.has_embedding:
-            self.embedding: Any = TiedWords(model, parallel, dtype)
+        self.shared: dict[str, nn.Module] = {}
         for spec in mine:
             self._add(spec)
+            for shared in spec.shared:
+                self._share(shared)
+        owned_before = {shared.name for spec in specs[: part.start] for shared in spec.shared}
+        self.copies = frozenset(f"{name}.weight" for name in self.shared if name in owned_before)
         for spec in specs:  # what other stages hold
             container, _, number = spec.name.partition(".")
             if not hasattr(self, container):
@@ -79,6 +84,16 @@ class Model(nn.Module):
             setattr(self, container, layer)
         if spec.name != "head":  # its work is not a step of `run`
             self._order.append((layer, bool(number)))
+
+    def _share(self, shared: Shared) -> None:
+        """Have what an entry shares, made by an entry of this part or here."""
+        container, _, name = shared.name.rpartition(".")
+        if container and not hasattr(self, container):
+            setattr(self, container, nn.Module())
+        place = getattr(self, container) if container else self
+        if not hasattr(place, name):
+            setattr(place, name, shared.build())
+        self.shared[shared.name] = getattr(place, name)
 
     @property
     def vocab_size(self) -> int:
@@ -112,8 +127,7 @@ class Model(nn.Module):
     def run(self, x: Tensor, info: Any) -> Tensor:
         """The layers of this part, in order. ``x``: tokens ``[b, s]`` where it begins the model, else ``[b, s, h]``."""
         for layer, repeats in self._order:
-            again = repeats and self.recompute and torch.is_grad_enabled()
-            x = self._recomputed(layer, x, info) if again else layer(x, info)
+            x = self._call(layer, repeats, x, info)
         return gather_tokens(x, self.parallel.sequence) if self.has_head else x
 
     def boundary(self, batch: Batch) -> tuple[int, ...]:
@@ -121,13 +135,16 @@ class Model(nn.Module):
         b, s = batch["tokens"].shape
         return b, s // (self.parallel.context.size * self.parallel.sequence.size), self.config.hidden_size
 
-    def _recomputed(self, layer: nn.Module, x: Tensor, info: Any) -> Tensor:
-        """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""
+    def _call(self, layer: nn.Module, repeats: bool, *args: Any) -> Tensor:
+        """Run an entry of the list; where its activations are recomputed, keep its input only (Chen et al. 2016)."""
+        if not (repeats and self.recompute and torch.is_grad_enabled()):
+            return layer(*args)
+        # dropout repeats itself
         dropout = self.training and max(self.config.hidden_dropout, self.config.attention_dropout) > 0
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
         if dropout and self.streams is not None:
             options["context_fn"] = self.streams.recompute_contexts
-        return checkpoint(layer, x, info, **options)
+        return checkpoint(layer, *args, **options)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss that training minimises (float32 scalar with gradient), and the predictions it is over."""

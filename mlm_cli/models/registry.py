@@ -9,10 +9,11 @@ from mlm_cli.models.bert import Bert
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.model import Model
 from mlm_cli.models.stages import balance, layer_costs
+from mlm_cli.models.t5 import T5
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import initialize
 
-FAMILIES = {"gpt": GPT, "bert": Bert}
+FAMILIES = {"gpt": GPT, "bert": Bert, "t5": T5}
 
 
 def build_model(

@@ -13,6 +13,21 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Shared:
+    """A module of one ``weight`` that several entries use: the word embedding, by the head; a table of positions.
+
+    Every stage that uses it has it, the first one as its owner, the others as copies that learn the same.
+
+    Attributes:
+        name: full name of the module (``embedding.word``).
+        build: makes it, its weight unfilled, where no entry of the stage has made it.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """How to make one layer of the list.
 
@@ -20,10 +35,10 @@ class LayerSpec:
         name: prefix of its parameters' full names (``layers.3``); initial weights follow from it.
         build: makes the layer, its weights unfilled.
         cost: share of the work, to balance stages: matrix parameters.
-        tied: full name of a parameter of an earlier layer that this one uses too (the word embedding, by the head).
+        shared: what it uses, or makes, that other entries use too.
     """
 
     name: str
     build: Callable[[], nn.Module]
     cost: int = 0
-    tied: str | None = None
+    shared: tuple[Shared, ...] = ()

@@ -30,7 +30,8 @@ def scaled_masked_softmax(
     if not registry.serves(scores):
         return reference.scaled_masked_softmax(scores, mask, scale, dropout)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        scores, mask, scale = scores * scale + mask.to(scores.dtype), None, 1.0
+        scores = (scores if scale == 1.0 else scores * scale) + mask.to(scores.dtype)
+        mask, scale = None, 1.0
     return kernels.masked_softmax(scores, mask, dropout_seed(scores, dropout), scale, dropout)
 
 

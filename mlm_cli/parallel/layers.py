@@ -19,7 +19,7 @@ from mlm_cli.parallel.shard import Shard
 
 def new_parameter(
     *shape: int,
-    init: float | str,
+    init: float | str | tuple[float, ...],
     shard: Shard | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -39,6 +39,7 @@ class ColumnParallelLinear(nn.Module):
 
     Args:
         blocks: full sizes of the parts of the output that are cut separately (see ``Shard``).
+        init_std: of initial weights; may be one for each block.
         sequence: the group that the tokens of ``x`` are shared out over (see ``parallel.sequence``).
     """
 
@@ -51,7 +52,7 @@ class ColumnParallelLinear(nn.Module):
         sequence: Group = SOLO,
         bias: bool = True,
         blocks: tuple[int, ...] | None = None,
-        init_std: float = 0.02,
+        init_std: float | tuple[float, ...] = 0.02,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:

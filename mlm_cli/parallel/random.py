@@ -24,11 +24,18 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def initial_weight(name: str, shape: tuple[int, ...], init: float | str, seed: int, valid: int | None = None) -> Tensor:
+def initial_weight(
+    name: str,
+    shape: tuple[int, ...],
+    init: float | str | tuple[float, ...],
+    seed: int,
+    valid: int | None = None,
+    blocks: tuple[int, ...] | None = None,
+) -> Tensor:
     """The full initial value of parameter ``name``, float32 on the CPU.
 
-    ``init`` is a standard deviation, ``"zeros"`` or ``"ones"``. Rows from ``valid`` on are padding and zero: how far a
-    vocabulary is padded does not change the draw.
+    ``init`` is a standard deviation, or one for each of the ``blocks`` of rows, or ``"zeros"`` or ``"ones"``. Rows from
+    ``valid`` on are padding and zero: how far a vocabulary is padded does not change the draw.
     """
     if init == "zeros":
         return torch.zeros(shape)
@@ -36,7 +43,11 @@ def initial_weight(name: str, shape: tuple[int, ...], init: float | str, seed: i
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(key_of(seed, name))
     drawn_shape = shape if valid is None else (valid, *shape[1:])
-    drawn = torch.empty(drawn_shape).normal_(0.0, float(init), generator=generator)
+    several = isinstance(init, tuple)
+    drawn = torch.empty(drawn_shape).normal_(0.0, 1.0 if several else float(init), generator=generator)
+    if several:
+        assert blocks is not None
+        drawn *= torch.tensor(init).repeat_interleave(torch.tensor(blocks))[:, None]
     padding = shape[0] - drawn_shape[0]
     return torch.cat([drawn, drawn.new_zeros(padding, *shape[1:])]) if padding else drawn
 
@@ -47,7 +58,8 @@ def initialize(module: nn.Module, parallel: ParallelContext, seed: int, prefix: 
     for name, param in module.named_parameters():
         shard = shard_of(param)
         shape = full_shape(param, parallel.tensor.size)
-        full = initial_weight(prefix + name, shape, param.init, seed, shard.valid if shard else None)
+        valid, blocks = (shard.valid, shard.blocks) if shard else (None, None)
+        full = initial_weight(prefix + name, shape, param.init, seed, valid, blocks)
         param.copy_(slice_full(full, shard, parallel.tensor.rank, parallel.tensor.size))
 
 

@@ -23,8 +23,6 @@ from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
 from mlm_cli.training.engine_deepspeed import DeepSpeedEngine, initialize_deepspeed
 
-_TIED = "embedding.word.weight"
-
 
 class PipelineEngine(DeepSpeedEngine):
     """See ``training.engine.Engine``; ``model`` is this rank's stage."""
@@ -87,9 +85,9 @@ class PipelineEngine(DeepSpeedEngine):
         self._deepspeed._exec_optimizer_step()
 
     def fragments(self) -> list[Fragment]:
-        copied = self._stage_model.has_head and not self._stage_model.has_embedding
+        copies = self._stage_model.copies
         found = super().fragments()
-        return [Fragment(f.name, f.shape, f.shard, f.start, f.tensors, copy=copied and f.name == _TIED) for f in found]
+        return [Fragment(f.name, f.shape, f.shard, f.start, f.tensors, copy=f.name in copies) for f in found]
 
 
 def _later(engine: Any, **kwargs: Any) -> None:
@@ -140,15 +138,14 @@ def make_pipe_module(stage: Model, parallel: ParallelContext) -> Any:
                 parameter.ds_pipe_replicated = False  # type: ignore[attr-defined]
 
         def _index_tied_modules(self) -> dict[str, Any]:
-            group, ranks = _tied_group(parallel)
-            if not stage.config.tie_embeddings or group is None:
-                return {}
-            self.tied_modules["words"] = stage.embedding.word
-            if not stage.has_embedding:  # counts once in norms
-                stage.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
-            return {
-                "words": {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": stage.embedding.word}
-            }
+            found = {}
+            for name, (group, ranks) in _sharing_groups(stage, parallel).items():
+                module, key = stage.shared[name], name.replace(".", "_")
+                self.tied_modules[key] = module
+                if f"{name}.weight" in stage.copies:  # counts once in norms
+                    module.weight.ds_pipe_replicated = True
+                found[key] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}
+            return found
 
         def _synchronize_tied_weights(self) -> None:
             with torch.no_grad():
@@ -187,14 +184,18 @@ class _Last:
         return self._stage.count_tokens(batch)
 
 
-def _tied_group(parallel: ParallelContext) -> tuple[Any, list[int]]:
-    """The group of the first and last stage of each pipeline; (None, []) on ranks between. All ranks call."""
-    lines: list[Any] = [None] * parallel.world.size
-    dist.all_gather_object(lines, parallel.pipeline.ranks)
-    mine: tuple[Any, list[int]] = (None, [])
-    for line in sorted(set(lines)):
-        ends = [line[0], line[-1]]
-        handle = dist.new_group(ends)
-        if parallel.world.rank in ends:
-            mine = (handle, ends)
+def _sharing_groups(stage: Model, parallel: ParallelContext) -> dict[str, tuple[Any, list[int]]]:
+    """For each module that this stage shares with others: the group of its holders, and their ranks. All ranks call."""
+    held: list[Any] = [None] * parallel.world.size
+    dist.all_gather_object(held, (parallel.pipeline.ranks, sorted(stage.shared)))
+    names = sorted({name for _, shared in held for name in shared})
+    mine: dict[str, tuple[Any, list[int]]] = {}
+    for line in sorted({ranks for ranks, _ in held}):
+        for name in names:  # everywhere in this order, in which gradients are summed too
+            holders = [rank for rank in line if name in held[rank][1]]
+            if len(holders) < 2:
+                continue
+            handle = dist.new_group(holders)
+            if parallel.world.rank in holders:
+                mine[name] = (handle, holders)
     return mine

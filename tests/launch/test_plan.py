@@ -39,7 +39,7 @@ def test_the_scaling_study_of_megatron_lm(name: str, layers: int, hidden: int, h
 
 
 # fine-tuning takes its model from `init_from`
-PRETRAINING = [name for name in builtin_names() if re.match("(gpt|debug|demo)/(?!finetune)", name)]
+PRETRAINING = [name for name in builtin_names() if re.match("(gpt|t5|debug|demo)/(?!finetune)", name)]
 
 
 @pytest.mark.parametrize("name", PRETRAINING)

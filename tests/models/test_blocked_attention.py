@@ -45,6 +45,32 @@ def test_equals_the_definition(
     torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_bias_learns(samples: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of each head and pair, shared by the samples or not, with keys out of sight."""
+    monkeypatch.setattr(blocked_attention, "_QUERIES", 16)
+    monkeypatch.setattr(blocked_attention, "_BLOCK_BYTES", 2 * 4 * 16 * 50 * 4)
+    torch.manual_seed(0)
+    hidden = torch.rand(samples, 4, 50, 50) < 0.3
+    hidden[..., 0] = False
+    bias = torch.randn(samples, 4, 50, 50).masked_fill(hidden, -torch.inf)
+    packed, grad = torch.randn(3, 50, 12, 8), torch.randn(3, 50, 4, 8)
+    results = []
+    for blocked in (True, False):
+        qkv, added = packed.clone().requires_grad_(), bias.clone().requires_grad_()
+        if blocked:
+            out = blocked_attention.attend_blocked(qkv, None, None, 4, bias=added, scale=scale)
+        else:
+            query, key, value = (part.transpose(1, 2) for part in qkv.split(4, 2))
+            info = SequenceInfo(torch.arange(50), bias=added)
+            out = attend_reference(query, key, value, info, 0.0, scale).transpose(1, 2)
+        out.backward(grad)
+        results.append((out, qkv.grad, added.grad))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_rotation_turns_pairs_by_their_angle() -> None:
     """Half-split pairs (i, i + d/2) as complex numbers, multiplied by e^(i * position * base^(-2i/d))."""
     x, positions = torch.randn(2, 7, 3, 10, dtype=torch.float64), torch.tensor([0, 3, 5, 1, 99, 2, 1000])

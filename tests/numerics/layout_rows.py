@@ -40,7 +40,34 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "c2 d2 zero 0": (4, {"context": 2, "zero": 0}),
     "t2 p2 d2 zero 1": (8, {"tensor": 2, "pipeline": 2, "zero": 1}),
 }
+# An encoder and decoder, whose words and tables of positions are tied over stages.
+ROWS |= {
+    f"t5 {name}": row
+    for name, row in {
+        "t2 sequence": (2, {"tensor": 2, "sequence": True}),
+        "p2": (2, {"pipeline": 2}),
+        "d2 zero 1": (2, {"zero": 1}),
+        "t4": (4, {"tensor": 4}),
+        "p4": (4, {"pipeline": 4}),
+        "t2 p2": (4, {"tensor": 2, "pipeline": 2}),
+        "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
+        "p2 d2 zero 1": (4, {"pipeline": 2, "zero": 1}),
+    }.items()
+}
+REFERENCES = ("reference", "t5 reference")  # of one rank, for each family
 RECOMPUTE = ("none", "full")
+_T5 = {
+    "family": "t5",
+    "num_layers": 2,
+    "head_dim": 6,
+    "decoder_seq_length": 8,
+    "position": "relative",
+    "relative_buckets": 8,
+    "relative_max_distance": 16,
+    "norm": "rmsnorm",
+    "activation": "relu",
+    "bias": False,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +79,7 @@ class Distance:
     weights: float
 
 
-def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: str) -> Any:
+def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: str, family: str = "gpt") -> Any:
     from mlm_cli.config.schema import Recipe
 
     return Recipe.model_validate(
@@ -64,7 +91,9 @@ def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: st
                 "seq_length": 16,
                 "vocab_size": 90,
                 "make_vocab_size_divisible_by": 32,
+                **(_T5 if family == "t5" else {}),
             },
+            "tokenizer": str(Path(data).parent / "tokenizer") if family == "t5" else None,
             "data": {"path": data, "split": "80,20,0"},
             "train": {
                 "steps": STEPS,
@@ -94,27 +123,52 @@ def write_data(prefix: Path) -> str:
         writer.add_sequence(np.tile(generator.integers(0, 90, 6), int(generator.integers(8, 40))).astype(np.uint16))
         writer.end_document()
     writer.finish()
+    write_tokenizer(prefix.parent / "tokenizer")
     return str(prefix)
 
 
-def run_rows(rank: int, size: int, data: str, folder: str, names: list[str], recompute: list[str]) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """90 words, the first of them T5's special tokens."""
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(8))]
+    words = [*special, *(f"w{number}" for number in range(len(special), 90))]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    definition = {
+        "version": "1.0",
+        "added_tokens": [{"id": number, "content": token, **flags} for number, token in enumerate(special)],
+        "model": {"type": "WordLevel", "vocab": {word: n for n, word in enumerate(words)}, "unk_token": "<unk>"},
+    }
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+
+
+def family_of(name: str) -> str:
+    return "t5" if name.startswith("t5 ") else "gpt"
+
+
+def ways(name: str) -> tuple[str, ...]:
+    """How a row is run. The rows of T5 on two ranks are quick tests: with recomputation alone."""
+    return ("full",) if family_of(name) == "t5" and ROWS[name][0] == 2 else RECOMPUTE
+
+
+def run_rows(rank: int, size: int, data: str, folder: str, names: list[str]) -> None:
     """On every rank: each row, one after the other."""
     from mlm_cli import distributed
     from mlm_cli.jobs import pretrain
 
     distributed.shutdown = lambda: None  # type: ignore[assignment] # several runs in one process group
     for name in names:
-        for how in recompute:
+        for how in ("none",) if name in REFERENCES else ways(name):
             output = Path(folder) / f"{name} {how}".replace(" ", "-")
-            parallel = {} if name == "reference" else ROWS[name][1]
-            assert pretrain.run(make_recipe(data, output, parallel, how)) == 0
+            parallel = {} if name in REFERENCES else ROWS[name][1]
+            assert pretrain.run(make_recipe(data, output, parallel, how, family_of(name))) == 0
 
 
 def distance(folder: Path, name: str, how: str) -> Distance:
     """A finished row against the finished reference."""
     from safetensors.numpy import load_file
 
-    runs = [folder / f"{label}".replace(" ", "-") for label in (f"{name} {how}", "reference none")]
+    reference = "t5 reference none" if family_of(name) == "t5" else "reference none"
+    runs = [folder / f"{label}".replace(" ", "-") for label in (f"{name} {how}", reference)]
     metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     assert [len(records) for records in metrics] == [STEPS, STEPS]
     found = {
@@ -132,9 +186,9 @@ def page(found: dict[tuple[str, str], Distance]) -> str:
         "# Layouts",
         "",
         "The same recipe learns the same model however it is spread. Made by `python tests/numerics/layout_rows.py`",
-        "and held by `tests/numerics/test_layouts.py`: a GPT of 4 layers, 20 steps in float32 on CPU ranks over gloo;",
-        "largest relative difference from one rank. Bounds: loss and gradient norm 1e-5, final weights in `model/`",
-        "1e-4 of each tensor's largest.",
+        "and held by `tests/numerics/test_layouts.py`: 20 steps in float32 on CPU ranks over gloo of a GPT of 4 layers",
+        "or, where it says so, a T5 of 2 + 2; largest relative difference from one rank. Bounds: loss and gradient",
+        "norm 1e-5, final weights in `model/` 1e-4 of each tensor's largest.",
         "",
         "t tensor, p pipeline, c context, d data; sequence: `parallel.sequence`; offload: `parallel.offload` cpu;",
         "recompute: `train.recompute`.",
@@ -156,11 +210,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = write_data(folder / "data")
-        launch(run_rows, 1, data, place, ["reference"], ["none"])
+        launch(run_rows, 1, data, place, list(REFERENCES))
         for size in sorted({ranks for ranks, _ in ROWS.values()}):
             names = [name for name, (ranks, _) in ROWS.items() if ranks == size]
-            launch(run_rows, size, data, place, names, list(RECOMPUTE), timeout=900.0)
-        PAGE.write_text(page({(name, how): distance(folder, name, how) for name in ROWS for how in RECOMPUTE}))
+            launch(run_rows, size, data, place, names, timeout=900.0)
+        PAGE.write_text(page({(name, how): distance(folder, name, how) for name in ROWS for how in ways(name)}))
 
 
 if __name__ == "__main__":
