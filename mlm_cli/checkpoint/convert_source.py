@@ -21,7 +21,7 @@ from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocab.txt", "*.model")
@@ -53,7 +53,7 @@ class Source:
     is_classifier: bool = False
     megatron: MegatronFiles | None = None
 
-    def load(self, parallel: ParallelContext, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> GPT:
+    def load(self, parallel: ParallelContext, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> Model:
         """The model in memory.
 
         Raises:

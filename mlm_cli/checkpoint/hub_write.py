@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlm_cli.checkpoint import map_own
 from mlm_cli.checkpoint.hub_read import LAYOUTS
 from mlm_cli.checkpoint.key_map import Entry, KeyMap, kept_settings
 from mlm_cli.checkpoint.manifest import FileRecord
@@ -21,9 +22,9 @@ from mlm_cli.checkpoint.model_card import model_card
 from mlm_cli.checkpoint.tensor_file import write_tensors
 from mlm_cli.checkpoint.weight_files import INDEX, SINGLE
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import hub_layout
+from mlm_cli.config.shapes import hub_layout, is_sparse
 from mlm_cli.data.tokenizer import Tokenizer
-from mlm_cli.errors import CheckpointError
+from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.shard import gather_full, shard_of
@@ -114,6 +115,25 @@ def check_vocabulary(model: ModelSection, tokenizer: Tokenizer, where: str = "th
         raise CheckpointError(
             f"{where} has {model.vocab_size} tokens, its tokenizer `{tokenizer.name}` {tokenizer.vocab_size}",
             hint="use the tokenizer the model was trained with",
+        )
+
+
+def refuse_inexpressible(model: ModelSection) -> None:
+    """Raise unless transformers, given the folder alone, computes what we do.
+
+    Raises:
+        UsageError: naming what it has no architecture for.
+    """
+    if hub_layout(model) == map_own.MODEL_TYPE:
+        raise UsageError(
+            f"no architecture of transformers holds this model: a mixture of experts (model.experts: {model.experts})",
+            hint="`--to mlm` keeps it",
+        )
+    if is_sparse(model):
+        raise UsageError(
+            f"no architecture of transformers holds this model: sparse attention (model.attention.pattern: "
+            f"{model.attention.pattern}); transformers would attend to every token, which is another model",
+            hint="`--to mlm` keeps it",
         )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from mlm_cli.checkpoint.megatron_keys import TOKEN_TYPES
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
+from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_sparse, num_query_groups
 from mlm_cli.errors import CheckpointError, UsageError
 
 # Options that change what the model computes, and the value (or absence) under which it is what we compute.
@@ -50,7 +51,7 @@ class ArgsReader:
 
 
 def settings_of(args: Namespace, where: str) -> dict[str, Any]:
-    """Settings of the model section (``vocab_size`` apart) that ``args`` of a GPT describe.
+    """Settings of the model section (``vocab_size`` apart) that ``args`` describe, whatever the family.
 
     Raises:
         CheckpointError: an option that is missing, or asks for what we do not compute.
@@ -110,6 +111,59 @@ def _gelu(options: ArgsReader) -> str:
     return "gelu" if tanh else "gelu_erf"
 
 
+# What Megatron-LM's BERT may be asked for and neither it nor transformers' MegatronBert has a use for.
+_OF_BERT: dict[str, tuple[Any, ...]] = {
+    "position": ("learned",),
+    "norm": ("layernorm",),
+    "activation": ("gelu", "gelu_erf"),
+    "bias": (True,),
+    "tie_embeddings": (True,),
+}
+
+
+def bert_settings(
+    settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], args: Namespace | None, where: str
+) -> dict[str, Any]:
+    """``settings`` with what makes them those of a BERT: token types and binary head.
+
+    Megatron's BERT has both or neither (``pretrain_bert.py``). Its second sentence is the true one or stands first, so
+    its binary head tells the order, unless ``mlm`` noted otherwise.
+
+    Args:
+        shapes: canonical name -> shape of one rank's tensor.
+
+    Raises:
+        CheckpointError: an option that no BERT of ours has.
+    """
+    for key, allowed in _OF_BERT.items():
+        if key in settings and settings[key] not in allowed:
+            raise CheckpointError(
+                f"{where}: its args ask for model.{key}: {settings[key]}; a BERT is read with "
+                f"{' or '.join(map(str, allowed))} alone"
+            )
+    options = ArgsReader(args or Namespace(), where)
+    binary = options.get("bert_binary_head", bool, any(name.startswith("binary_head.") for name in shapes))
+    noted = options.get("mlm_binary_head", str, "sentence_order")
+    types = shapes.get(TOKEN_TYPES) or (2,)
+    return {
+        **settings,
+        "family": "bert",
+        "num_token_types": types[0],
+        "binary_head": noted if binary else "none",
+    }
+
+
+def has_two_gelus(args: Namespace | None) -> bool:
+    """Whether a BERT of these args has the tanh form of GELU in its layers and the exact one in its head.
+
+    So it is by default: the fused kernel is the tanh form, and ``BertLMHead`` knows nothing of it.
+    """
+    if args is None:
+        return True
+    options = ArgsReader(args, "")
+    return _gelu(options) == "gelu" and not options.get("openai_gelu", bool, False)
+
+
 def build_section(settings: Mapping[str, Any], given: Mapping[str, Any], where: str) -> ModelSection:
     """The model section of ``settings``, those the user gave by hand first.
 
@@ -131,20 +185,40 @@ def build_section(settings: Mapping[str, Any], given: Mapping[str, Any], where: 
 
 # Settings that the layout has a place for, with the values it can express (None: any), and those that do not change
 # what a model computes once it is trained. Any other setting must be at its default.
-_EXPRESSED: dict[str, tuple[Any, ...] | None] = {
-    "family": ("gpt",),
-    "position": ("learned", "rotary"),
-    "norm": ("layernorm", "rmsnorm"),
-    "norm_order": ("pre",),
-    "activation": ("gelu", "gelu_erf", "swiglu"),
-    **dict.fromkeys(
-        (
-            *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size"),
-            *("seq_length", "vocab_size", "make_vocab_size_divisible_by", "rotary_base", "norm_eps", "bias"),
-            *("tie_embeddings", "init_std", "hidden_dropout", "attention_dropout"),
-        ),
-        None,
+_ANY = dict.fromkeys(
+    (
+        *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size"),
+        *("seq_length", "vocab_size", "make_vocab_size_divisible_by", "norm_eps"),
+        *("init_std", "hidden_dropout", "attention_dropout"),
     ),
+    None,
+)
+_EXPRESSED: dict[str, dict[str, tuple[Any, ...] | None]] = {
+    "gpt": {
+        **_ANY,
+        "family": ("gpt",),
+        "position": ("learned", "rotary"),
+        "rotary_base": None,
+        "norm": ("layernorm", "rmsnorm"),
+        "norm_order": ("pre",),
+        "activation": ("gelu", "gelu_erf", "swiglu"),
+        "bias": None,
+        "tie_embeddings": None,
+    },
+    "bert": {
+        **_ANY,
+        **_OF_BERT,
+        "family": ("bert",),
+        "rotary_base": None,  # of no use to learned positions
+        "norm_order": ("pre",),
+        "num_token_types": None,
+        "binary_head": None,
+    },
+}
+_WORDS = {
+    "experts": "a mixture of experts",
+    "rotary_scaling": "rotary positions scaled for a longer context",
+    "attention": "sparse attention",
 }
 
 
@@ -154,23 +228,34 @@ def refuse_inexpressible(model: ModelSection) -> None:
     Raises:
         UsageError: naming the first setting that it has no place for.
     """
+    expressed = _EXPRESSED.get(model.family, {})
     for name, about in ModelSection.model_fields.items():
-        value, allowed = getattr(model, name), _EXPRESSED.get(name)
-        if name == "attention" and isinstance(value, str):
+        value, allowed = getattr(model, name), expressed.get(name)
+        if name == "attention" and not is_sparse(model):
             continue  # which code computes it, not what
-        fits = name in _EXPRESSED and (allowed is None or value in allowed)
-        if not fits and value != about.get_default(call_default_factory=True):
+        fits = name in expressed and (allowed is None or value in allowed)
+        if not fits and (name in expressed or value != about.get_default(call_default_factory=True)):
+            what = f"{_WORDS[name]} (model.{name}: {value})" if name in _WORDS else f"model.{name}: {value}"
             raise UsageError(
-                f"Megatron's classic layout cannot express this model: it has no place for model.{name}: {value}",
-                hint="`--to hf` or `--to mlm` may",
+                f"Megatron's classic layout cannot express this model: it has no place for {what}",
+                hint="`--to mlm` keeps it, `--to hf` may",
             )
+    if model.binary_head != "none" and model.num_token_types != 2:
+        raise UsageError(
+            "Megatron's classic layout cannot express this model: a BERT with a binary head has 2 token types there, "
+            f"not model.num_token_types: {model.num_token_types}",
+            hint="`--to mlm` and `--to hf` keep them",
+        )
 
 
 def arguments_of(model: ModelSection, *, tensor: int, pipeline: int, dtype: torch.dtype, iteration: int) -> Namespace:
     """The namespace that goes with a model: what Megatron-LM checks on loading, and what describes the architecture."""
     assert model.vocab_size is not None
     step = model.make_vocab_size_divisible_by * tensor
-    rotary, swiglu, gated_bias = model.position == "rotary", model.activation == "swiglu", model.bias
+    rotary, swiglu = model.position == "rotary", model.activation == "swiglu"
+    # The fused kernel adds the bias on the way: without biases the tanh form goes by its other name. So it does in a
+    # BERT, whose head has the tanh form under no other.
+    fused = model.activation == "gelu" and model.bias and model.family == "gpt"
     groups = num_query_groups(model)
     return Namespace(
         num_layers=model.num_layers,
@@ -199,9 +284,8 @@ def arguments_of(model: ModelSection, *, tensor: int, pipeline: int, dtype: torc
         swiglu=swiglu,
         squared_relu=False,
         onnx_safe=False,
-        # the fused kernel adds the bias on the way: without biases the tanh form goes by its other name
-        bias_gelu_fusion=model.activation == "gelu" and gated_bias,
-        openai_gelu=model.activation == "gelu" and not gated_bias,
+        bias_gelu_fusion=fused,
+        openai_gelu=model.activation == "gelu" and not fused,
         bias_swiglu_fusion=False,
         add_bias_linear=model.bias,
         add_qkv_bias=False,
@@ -224,7 +308,8 @@ def arguments_of(model: ModelSection, *, tensor: int, pipeline: int, dtype: torc
         params_dtype=dtype,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        bert_binary_head=True,
+        bert_binary_head=model.family != "bert" or model.binary_head != "none",  # its default, of no use to a GPT
+        mlm_binary_head=model.binary_head if model.binary_head != "none" else None,
         iteration=iteration,
         consumed_train_samples=0,
         consumed_valid_samples=0,
@@ -259,6 +344,7 @@ def command_line(args: Namespace) -> list[str]:
         "--no-bias-gelu-fusion": not args.bias_gelu_fusion,
         "--disable-bias-linear": not args.add_bias_linear,
         "--untie-embeddings-and-output-weights": args.untie_embeddings_and_output_weights,
+        "--bert-no-binary-head": not args.bert_binary_head,
         "--fp16": args.fp16,
         "--bf16": args.bf16,
     }

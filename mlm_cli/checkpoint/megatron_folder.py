@@ -18,7 +18,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mlm_cli.checkpoint.megatron_keys import FAMILIES, HEAD_WORDS, IGNORED, LAYER, VERSIONS, WORDS, Family, canonical
+from mlm_cli.checkpoint.megatron_keys import (
+    FAMILIES,
+    HEAD_WORDS,
+    IGNORED,
+    LAYER,
+    NESTED,
+    VERSIONS,
+    WORDS,
+    Family,
+    canonical,
+)
 from mlm_cli.checkpoint.pickled import load_pickled
 from mlm_cli.errors import CheckpointError
 
@@ -75,6 +85,16 @@ class MegatronFiles:
     def main(self) -> Path:
         """The first rank's file, to name in errors that concern all."""
         return self.folder / rank_folder(0, 0, self.pipeline) / RANK_FILE
+
+    def file_of(self, name: str) -> Path:
+        """The first rank's file that holds a tensor, or should."""
+        if name in self.paths:
+            return self.paths[name][0]
+        match = _LAYER.fullmatch(name)
+        beside = f"{LAYER}{match.group(1)}." if match else ""
+        stage = 0 if name.startswith("language_model.embedding.") else self.pipeline - 1
+        default = self.folder / rank_folder(0, stage, self.pipeline) / RANK_FILE
+        return next((paths[0] for other, paths in self.paths.items() if beside and other.startswith(beside)), default)
 
     @property
     def num_layers(self) -> int:
@@ -217,8 +237,16 @@ def _family(names: set[str], path: Path) -> Family:
     for family in FAMILIES.values():
         if family.recognise(names):
             return family
-    kind = "T5" if any(".decoder." in name for name in names) else "BERT"
-    raise CheckpointError(f"{path} holds a {kind}; read in this layout: {', '.join(f.name for f in FAMILIES.values())}")
+    known = ", ".join(family.name for family in FAMILIES.values())
+    if any(name.startswith("language_model.decoder.") for name in names):
+        what = "a T5"
+    else:
+        others = sorted(name for name in names if not name.startswith(NESTED)) or sorted(names)
+        what = f"a model of unknown architecture (tensor {others[0] if others else 'none'})"
+    raise CheckpointError(
+        f"{path} holds {what}; read in this layout: {known}",
+        hint="only pretraining models are read, without the heads of tasks",
+    )
 
 
 def _merge_stages(

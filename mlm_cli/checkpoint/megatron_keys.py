@@ -18,6 +18,7 @@ from mlm_cli.config.shapes import head_dim, num_query_groups
 
 VERSIONS = (0.0, 1.0, 2.0, 3.0)
 WORDS = "language_model.embedding.word_embeddings.weight"
+TOKEN_TYPES = "language_model.embedding.tokentype_embeddings.weight"
 HEAD_WORDS = "word_embeddings_for_head.weight"  # the last stage's copy of tied word embeddings
 LAYER = "language_model.encoder.layers."
 # What a state dict nests; behind one of these a name is one key, dots and all.
@@ -66,7 +67,8 @@ class Family:
     recognise: Callable[[set[str]], bool]
 
 
-def _gpt_keys(model: ModelSection) -> dict[str, str]:
+def _body_keys(model: ModelSection) -> dict[str, str]:
+    """Embeddings of words and positions, and the layers."""
     found = {"embedding.word.weight": WORDS}
     if model.position == "learned":
         found["embedding.position.weight"] = "language_model.embedding.position_embeddings.weight"
@@ -84,17 +86,43 @@ def _gpt_keys(model: ModelSection) -> dict[str, str]:
         for ours, (theirs, kinds) in parts.items():
             found |= {f"layers.{i}.{ours}.{kind}": f"{LAYER}{i}.{theirs}.{kind}" for kind in kinds}
     found |= {f"final_norm.{kind}": f"language_model.encoder.final_layernorm.{kind}" for kind in norms}
+    return found
+
+
+def _gpt_keys(model: ModelSection) -> dict[str, str]:
+    found = _body_keys(model)
     if not model.tie_embeddings:
         found["head.weight"] = "language_model.output_layer.weight"
     return found
 
 
+def _bert_keys(model: ModelSection) -> dict[str, str]:
+    """``megatron/model/bert_model.py``: a transform, norm and bias stand between the encoder and the tied words."""
+    found = _body_keys(model) | {"head.bias": "lm_head.bias"}
+    if model.num_token_types:
+        found["embedding.token_type.weight"] = TOKEN_TYPES
+    modules = {"head.transform": "lm_head.dense", "head.norm": "lm_head.layernorm"}
+    if model.binary_head != "none":
+        modules |= {"head.pooler": "language_model.pooler.dense", "head.binary": "binary_head"}
+    for ours, theirs in modules.items():
+        found |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return found
+
+
+_OF_BERT = ("lm_head.", "binary_head.", "language_model.pooler.", TOKEN_TYPES)
+_OF_OTHERS = re.compile(r"language_model\.decoder\..*|[a-z_]*(classification|multichoice|ict)_head\..*")
+
+
+def _family_of(names: set[str]) -> str | None:
+    """Our name of the family that canonical names belong to; None: of none that is read."""
+    if any(_OF_OTHERS.fullmatch(name) for name in names) or not any(name.startswith(LAYER) for name in names):
+        return None
+    return "bert" if any(name.startswith(_OF_BERT) for name in names) else "gpt"
+
+
 FAMILIES: dict[str, Family] = {
-    "gpt": Family(
-        "GPT",
-        _gpt_keys,
-        lambda names: not any(name.startswith(("lm_head.", "language_model.decoder.")) for name in names),
-    ),
+    "gpt": Family("GPT", _gpt_keys, lambda names: _family_of(names) == "gpt"),
+    "bert": Family("BERT", _bert_keys, lambda names: _family_of(names) == "bert"),
 }
 
 

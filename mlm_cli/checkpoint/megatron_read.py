@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mlm_cli import log
 from mlm_cli.checkpoint.key_map import ConfigReader
-from mlm_cli.checkpoint.megatron_args import build_section, settings_of
+from mlm_cli.checkpoint.megatron_args import bert_settings, build_section, has_two_gelus, settings_of
 from mlm_cli.checkpoint.megatron_folder import MegatronFiles, open_megatron
-from mlm_cli.checkpoint.megatron_keys import WORDS, RowOrder, is_qkv
+from mlm_cli.checkpoint.megatron_keys import TOKEN_TYPES, WORDS, RowOrder, is_qkv
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import check_slices, ffn_hidden_size, num_query_groups
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError
-from mlm_cli.models.gpt import GPT
-from mlm_cli.models.registry import build_gpt
+from mlm_cli.models.model import Model
+from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import Shard, assemble, full_shape, shard_of, slice_full
 
@@ -66,6 +66,9 @@ def read_section(
             f"{files.main} has no args: the number of attention heads is unknown",
             hint=f"`mlm convert {folder} NEW --to mlm model.num_attention_heads=N`",
         )
+    if files.family.name == "BERT":
+        shapes = {name: tuple(parts[0].shape) for name, parts in files.tensors.items()}
+        settings = bert_settings(settings, shapes, files.args, str(files.main))
     known = given.get("vocab_size") or _vocabulary(files, folder, vocab_size)
     section = build_section(settings, {**given, "vocab_size": known}, str(files.main))
     sizes = {"heads": section.num_attention_heads, "query groups": num_query_groups(section)}
@@ -109,7 +112,7 @@ def _vocabulary(files: MegatronFiles, folder: Path, tokenizer_size: int | None) 
 
 
 def _measured(files: MegatronFiles) -> dict[str, Any]:
-    """What the tensors themselves say, of files from before args were kept: they are GPT-2 style."""
+    """What the tensors themselves say, of files from before args were kept: norms and activation are GPT-2's."""
     hidden = files.tensors[WORDS][0].shape[1]
     positions = files.tensors.get("language_model.embedding.position_embeddings.weight")
     up = files.tensors.get("language_model.encoder.layers.0.mlp.dense_h_to_4h.weight")
@@ -145,7 +148,7 @@ def load_model_folder(
     head_optional: bool = False,
     changes: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int], None] | None = None,
-) -> tuple[GPT, ModelSection]:
+) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model; arguments and errors as ``hub_read.load_model_folder``."""
     files = open_megatron(Path(folder))
     section = read_section(files, Path(folder)).model_copy(update=dict(changes or {}))
@@ -159,36 +162,48 @@ def load_section(
     *,
     dtype: torch.dtype,
     on_bytes: Callable[[int], None] | None = None,
-) -> GPT:
+) -> Model:
     """Build this rank's slice of ``section`` from opened files; every tensor must fit, and none be left over.
 
     Args:
         on_bytes: told the bytes of each tensor read.
     """
     check_slices(section, parallel.tensor.size)
-    model = build_gpt(section, parallel, dtype=dtype, init=False)
+    model = build_model(section, parallel, dtype=dtype, init=False)
     keys = files.family.keys(section)
     order = RowOrder.of(section, files.tensor, files.version)
     unknown = sorted(set(files.tensors) - set(keys.values()))
     if unknown:
         raise CheckpointError(
-            f"{files.paths[unknown[0]][0]}: unexpected tensor {unknown[0]}", hint="its args do not describe this model"
+            f"{files.file_of(unknown[0])}: unexpected tensor {unknown[0]}", hint="its args do not describe this model"
         )
-    optional = getattr(files.args, "add_qkv_bias", False) and not getattr(files.args, "add_bias_linear", True)
+    if section.family == "bert" and has_two_gelus(files.args):
+        log.warn(
+            f"{files.folder.name}: Megatron-LM took the exact GELU in the head of masked words and the tanh form in "
+            f"the layers (no openai_gelu in its args); here both are model.activation: {section.activation}"
+        )
     for name, param in model.named_parameters():
         key = keys[name]
         if key not in files.tensors:
-            if optional and name.endswith(".bias") and "norm" not in name:
+            if _may_lack(files, section, name, key):
                 with torch.no_grad():
                     param.zero_()
                 continue
-            raise CheckpointError(f"{files.main}: tensor {key} is missing")
+            raise CheckpointError(f"{files.file_of(key)}: tensor {key} is missing")
         full = _whole(files, name, key, order, shard_of(param), full_shape(param, parallel.tensor.size))
         with torch.no_grad():
             param.copy_(slice_full(full, shard_of(param), parallel.tensor.rank, parallel.tensor.size))
         if on_bytes is not None:
             on_bytes(sum(part.numel() * part.element_size() for part in files.tensors[key]))
     return model
+
+
+def _may_lack(files: MegatronFiles, section: ModelSection, name: str, key: str) -> bool:
+    """Whether files rightly lack a parameter of ours, which is then zero."""
+    if key == TOKEN_TYPES:  # without a binary head Megatron's BERT has none
+        return section.binary_head == "none"
+    only_qkv = getattr(files.args, "add_qkv_bias", False) and not getattr(files.args, "add_bias_linear", True)
+    return bool(only_qkv) and name.endswith(".bias") and "norm" not in name
 
 
 def _whole(
@@ -200,7 +215,8 @@ def _whole(
     for part, path in zip(parts, files.paths[key], strict=True):
         wanted = list(shape)
         if shard is not None:
-            wanted[shard.dim] = part.shape[0] if vocabulary and part.dim() else wanted[shard.dim] // len(parts)
+            # as many rows of the vocabulary as each rank has words
+            wanted[shard.dim] = len(files.tensors[WORDS][0]) if vocabulary else wanted[shard.dim] // len(parts)
         if list(part.shape) != wanted:
             raise CheckpointError(
                 f"{path}: tensor {key} has shape {list(part.shape)}, the model's settings ask for {wanted}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlm_cli import log
 from mlm_cli.checkpoint.megatron_args import arguments_of, command_line, refuse_inexpressible
 from mlm_cli.checkpoint.megatron_folder import RANK_FILE, TRACKER, iteration_folder, rank_folder
 from mlm_cli.checkpoint.megatron_keys import (
@@ -28,7 +29,7 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, num_query_groups
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import UsageError
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.shard import shard_of, slice_full
 
 _LAST = (
@@ -36,6 +37,7 @@ _LAST = (
     "language_model.output_layer.",
     "language_model.pooler.",
     "lm_head.",
+    "binary_head.",
 )
 
 
@@ -74,7 +76,7 @@ def check_layout(model: ModelSection, *, tensor: int, pipeline: int, version: fl
 
 
 def save_megatron_folder(
-    model: GPT,
+    model: Model,
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -102,6 +104,12 @@ def save_megatron_folder(
     check_layout(section, tensor=tensor, pipeline=pipeline, version=version)
     where = folder / iteration_folder(iteration)
     dtype = next(model.parameters()).dtype
+    types = getattr(model.get_submodule("embedding"), "token_type", None)
+    if section.binary_head == "none" and types is not None and types.weight.any():
+        log.warn(
+            "Megatron-LM's pretrain_bert.py builds no token types where there is no binary head, and passes over those "
+            "in these files: build `BertModel(num_tokentypes=...)` there yourself"
+        )
     args = arguments_of(section, tensor=tensor, pipeline=pipeline, dtype=dtype, iteration=iteration or 0)
     for stage in range(pipeline):
         for rank in range(tensor):
@@ -128,7 +136,7 @@ def save_megatron_folder(
 
 
 def _stage(
-    model: GPT, rank: int, stage: int, padded_vocab: int, tensor: int, pipeline: int, version: float
+    model: Model, rank: int, stage: int, padded_vocab: int, tensor: int, pipeline: int, version: float
 ) -> dict[str, Tensor]:
     """The tensors of one rank under canonical names, layers numbered within the stage."""
     section = model.config

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mlm_cli import log
+from mlm_cli.checkpoint import hub_write
 from mlm_cli.checkpoint.convert_source import Source, open_source
 from mlm_cli.checkpoint.folder import check_free_space, fsync_path
 from mlm_cli.checkpoint.hub import save_model_folder
@@ -147,6 +148,8 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
         )
     classifier = source.is_classifier
     architecture: str | None = None
+    if request.to == "hf":
+        hub_write.refuse_inexpressible(section)
     if request.to == "megatron":
         if classifier:
             raise UsageError(

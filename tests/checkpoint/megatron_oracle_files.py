@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.checkpoint import megatron_bert_oracle
+
 _ENUMS = types.ModuleType("megatron.core.enums")
 ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron.core.enums")  # type: ignore[misc]
 _ENUMS.ModelType = ModelType  # type: ignore[attr-defined]
@@ -66,8 +68,10 @@ def query_key_value(query: Tensor, key: Tensor, value: Tensor, heads: int, group
 
 
 def facts(model: Any) -> dict[str, Any]:
-    """Sizes of a `transformers` GPT-2 or Llama, and its weights under neutral names; linear weights are [out, in]."""
+    """Sizes of a `transformers` model, and its weights under neutral names; linear weights are [out, in]."""
     config, state = model.config, {name: value.detach() for name, value in model.state_dict().items()}
+    if config.model_type == "megatron-bert":
+        return megatron_bert_oracle.facts(model)
     if config.model_type == "gpt2":
         layers = []
         for i in range(config.n_layer):
@@ -121,8 +125,10 @@ def write(
     legacy_file: bool = False,
     **changes: Any,
 ) -> Path:
-    """Save ``model`` as Megatron-LM would have; ``names``: "new" (final_norm), "classic" (final_layernorm) or "old"
-    (transformer, attention). ``changes`` are put into the args. Returns the folder of the iteration."""
+    """Save ``model`` as Megatron-LM would have. Returns the folder of the iteration; ``changes`` are put into the args.
+
+    ``names``: "new" (final_norm), "classic" (final_layernorm) or "old" (transformer, attention).
+    """
     about = facts(model)
     where = folder / ("release" if iteration is None else f"iter_{iteration:07d}")
     step = divisible_by * tensor
@@ -203,7 +209,12 @@ def _part(
         embedding = {"word_embeddings": {"weight": words(about["words"])}}
         if about["positions"] is not None:
             embedding["position_embeddings"] = {"weight": about["positions"].clone()}
+        if about.get("types") is not None:
+            embedding["tokentype_embeddings"] = {"weight": about["types"].clone()}
         language_model["embedding"] = embedding
+    if ends and "transform" in about:
+        padding = torch.full((padded - len(about["words"]),), -55.0)
+        megatron_bert_oracle.put_heads(found, about, rows(torch.cat([about["bias"], padding])), norm)
     if ends and about["head"] is not None:
         language_model["output_layer"] = OrderedDict(weight=words(about["head"]), _extra_state=None)
     if ends and not begins and about["head"] is None:
@@ -235,8 +246,10 @@ def _args(
         "normalization": "RMSNorm" if rotary else "LayerNorm", "norm_epsilon": about["eps"], "swiglu": rotary,
         "add_bias_linear": biased, "untie_embeddings_and_output_weights": about["head"] is not None,
         "bias_gelu_fusion": biased and getattr(model.config, "activation_function", "") == "gelu_new",
-        "openai_gelu": False, "onnx_safe": None, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+        "openai_gelu": getattr(model.config, "hidden_act", "") == "gelu_new", "onnx_safe": None, "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
         "init_method_std": 0.02, "make_vocab_size_divisible_by": divisible_by, "padded_vocab_size": padded,
+        "bert_binary_head": about.get("binary", True) is not None,
         "params_dtype": torch.float32, "model_type": ModelType(1), "lr": 1e-4, "num_experts": None, "rank": 0,
     }  # fmt: skip
     if version < 3:
@@ -257,8 +270,11 @@ def _random_states() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def logits(where: Path, tokens: Tensor) -> Tensor:
-    """What Megatron-LM computes from the files of one iteration, ``[b, s, padded vocabulary]``."""
+def logits(where: Path, tokens: Tensor, types: Tensor | None = None, hidden: Tensor | None = None) -> Any:
+    """What Megatron-LM computes from the files of one iteration, ``[b, s, padded vocabulary]``.
+
+    For BERT: ``types [b, s]``, ``hidden [b, 1, s, s]`` (where not to look); its binary logits come beside.
+    """
     folders = sorted(where.glob("mp_rank_*"))
     split = [[int(part) for part in path.name.split("_")[2:]] for path in folders]
     tensor, pipeline = 1 + max(s[0] for s in split), 1 + max((s[1] if len(s) > 1 else 0) for s in split)
@@ -266,16 +282,16 @@ def logits(where: Path, tokens: Tensor) -> Tensor:
         (s[0], s[1] if len(s) > 1 else 0): load(path / "model_optim_rng.pt")
         for s, path in zip(split, folders, strict=True)
     }
-    args, x = states[0, 0]["args"], torch.zeros(())
+    args, version, x = states[0, 0]["args"], states[0, 0].get("checkpoint_version", 0), torch.zeros(())
     for stage in range(pipeline):
         ranks = [states[rank, stage]["model"] for rank in range(tensor)]
         lm = [rank["language_model"] for rank in ranks]
         if stage == 0:
-            x = _embed(lm, tokens)
+            x = _embed(lm, tokens, types)
         encoders = [part.get("encoder", part.get("transformer")) for part in lm]
         while any(name.startswith("layers.0.") for name in encoders[0]):
             one = [{name[9:]: value for name, value in enc.items() if name.startswith("layers.0.")} for enc in encoders]
-            x = _layer(one, x, args, states[0, 0].get("checkpoint_version", 0))
+            x = _layer(one, x, args, version, hidden)
             encoders = [_shifted(enc) for enc in encoders]
         if stage == pipeline - 1:
             x = _norm(x, encoders[0], "final", args)
@@ -285,6 +301,8 @@ def logits(where: Path, tokens: Tensor) -> Tensor:
                 heads = [rank["word_embeddings_for_head"]["weight"] for rank in ranks]
             else:
                 heads = [part["embedding"]["word_embeddings"]["weight"] for part in lm]
+            if "lm_head" in ranks[0]:
+                return megatron_bert_oracle.heads(x, ranks, heads, args)
             return torch.cat([x @ head.t() for head in heads], -1)
     raise AssertionError
 
@@ -302,7 +320,7 @@ def _shifted(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _embed(lm: list[Any], tokens: Tensor) -> Tensor:
+def _embed(lm: list[Any], tokens: Tensor, types: Tensor | None) -> Tensor:
     """VocabParallelEmbedding: each rank looks up the rows it has; the sum has all."""
     x: Any = 0
     for rank, part in enumerate(lm):
@@ -311,6 +329,8 @@ def _embed(lm: list[Any], tokens: Tensor) -> Tensor:
         x = x + F.embedding((tokens - rank * len(weight)).clamp(0, len(weight) - 1), weight) * mine[..., None]
     if "position_embeddings" in lm[0]["embedding"]:
         x = x + lm[0]["embedding"]["position_embeddings"]["weight"][: tokens.shape[1]]
+    if types is not None and "tokentype_embeddings" in lm[0]["embedding"]:
+        x = x + lm[0]["embedding"]["tokentype_embeddings"]["weight"][types]
     return x
 
 
@@ -327,11 +347,11 @@ def _linear(x: Tensor, values: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, values[f"{name}.weight"], values.get(f"{name}.bias"))
 
 
-def _layer(ranks: list[dict[str, Tensor]], x: Tensor, args: Any, version: float) -> Tensor:
+def _layer(ranks: list[dict[str, Tensor]], x: Tensor, args: Any, version: float, hidden: Tensor | None) -> Tensor:
     attention = "self_attention" if "self_attention.dense.weight" in ranks[0] else "attention"
     inner = _norm(x, ranks[0], "input", args)
     parts = [
-        _attend(_linear(inner, rank, f"{attention}.query_key_value"), args, len(ranks), version)
+        _attend(_linear(inner, rank, f"{attention}.query_key_value"), args, len(ranks), version, hidden)
         @ rank[f"{attention}.dense.weight"].t()
         for rank in ranks
     ]
@@ -349,8 +369,8 @@ def _layer(ranks: list[dict[str, Tensor]], x: Tensor, args: Any, version: float)
     return x + out + ranks[0].get("mlp.dense_4h_to_h.bias", 0)
 
 
-def _attend(mixed: Tensor, args: Any, tensor: int, version: float) -> Tensor:
-    """``mixed [b, s, rows of one rank]`` -> context ``[b, s, np * hn]``."""
+def _attend(mixed: Tensor, args: Any, tensor: int, version: float, hidden: Tensor | None = None) -> Tensor:
+    """``mixed [b, s, rows of one rank]`` -> context ``[b, s, np * hn]``; ``hidden [b, 1, s, s]``, unset: the future."""
     b, s, _ = mixed.shape
     heads, size = args.num_attention_heads // tensor, args.kv_channels
     groups = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) // tensor
@@ -366,7 +386,8 @@ def _attend(mixed: Tensor, args: Any, tensor: int, version: float) -> Tensor:
         q, k = (_rotated(t, args.rotary_base) for t in (q, k))
     k, v = (t.repeat_interleave(heads // groups, 2) for t in (k, v))
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / size**0.5
-    scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    hidden = torch.ones(s, s, dtype=torch.bool).triu(1) if hidden is None else hidden
+    scores = scores.masked_fill(hidden, -10000.0)
     return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v).reshape(b, s, heads * size)
 
 

@@ -214,7 +214,13 @@ def test_half_precision_stays(tmp_path: Path) -> None:
         ({"position": "relative"}, "model.position: relative"),
         ({"activation": "geglu"}, "model.activation: geglu"),
         ({"num_token_types": 2}, "model.num_token_types: 2"),
-        ({"family": "bert"}, "model.family: bert"),
+        ({"family": "t5"}, "model.family: t5"),
+        ({"experts": {"num_experts": 4}}, "a mixture of experts (model.experts: num_experts=4"),
+        ({"family": "bert", "norm_order": "post"}, "model.norm_order: post"),
+        ({"family": "bert", "position": "rotary"}, "model.position: rotary"),
+        ({"family": "bert", "tie_embeddings": False}, "model.tie_embeddings: False"),
+        ({"family": "bert", "bias": False}, "model.bias: False"),
+        ({"family": "bert", "binary_head": "next_sentence", "num_token_types": 3}, "model.num_token_types: 3"),
     ],
 )
 def test_what_the_layout_cannot_express_is_refused(settings: dict[str, Any], words: str) -> None:

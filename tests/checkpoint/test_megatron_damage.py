@@ -197,8 +197,12 @@ def test_an_unknown_vocabulary(folder: Path) -> None:
 
 def test_other_kinds_and_layouts(folder: Path) -> None:
     for rank in ("00_001", "01_001"):
-        edit(folder, lambda state: state["model"].update(lm_head={"bias": torch.zeros(2)}), rank)
-    assert "holds a BERT" in refusal(folder)
+        edit(folder, lambda state: state["model"].update(multichoice_head={"bias": torch.zeros(2)}), rank)
+    assert "unknown architecture (tensor multichoice_head.bias)" in refusal(folder)
+    decoder = {"layers.0.mlp.dense_h_to_4h.weight": torch.zeros(2, 2)}
+    for rank in ("00_001", "01_001"):
+        edit(folder, lambda state: state["model"]["language_model"].update(decoder=decoder), rank)
+    assert "holds a T5; read in this layout: GPT, BERT" in refusal(folder)
     edit_all(folder, lambda state: state.update(model={"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(4, 4)}))
     assert "Megatron-Core" in refusal(folder)
     (folder / "iter_0000123" / "__0_0.distcp").touch()
