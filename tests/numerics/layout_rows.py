@@ -54,9 +54,28 @@ ROWS |= {
         "p2 d2 zero 1": (4, {"pipeline": 2, "zero": 1}),
     }.items()
 }
-REFERENCES = ("reference", "t5 reference")  # of one rank, for each family
+# Masked words and sentence order; a mixture of experts in every other layer of a GPT.
+ROWS |= {
+    f"{family} {name}": row
+    for family in ("bert", "experts")
+    for name, row in {
+        "t2 sequence": (2, {"tensor": 2, "sequence": True}),
+        "p2": (2, {"pipeline": 2}),
+        "d2 zero 1": (2, {"zero": 1}),
+        "t4": (4, {"tensor": 4}),
+        "t2 p2": (4, {"tensor": 2, "pipeline": 2}),
+        "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
+        "p2 d2 zero 1": (4, {"pipeline": 2, "zero": 1}),
+    }.items()
+}
+REFERENCES = ("reference", "t5 reference", "bert reference", "experts reference")  # of one rank, for each family
 RECOMPUTE = ("none", "full")
-_T5 = {
+_MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "bert": {"family": "bert", "num_token_types": 2, "binary_head": "sentence_order"},
+    "experts": {"experts": {"num_experts": 4, "top_k": 2, "every": 2, "balance_loss": 0.1}},
+}
+_MODELS["t5"] = {
     "family": "t5",
     "num_layers": 2,
     "head_dim": 6,
@@ -91,9 +110,9 @@ def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: st
                 "seq_length": 16,
                 "vocab_size": 90,
                 "make_vocab_size_divisible_by": 32,
-                **(_T5 if family == "t5" else {}),
+                **_MODELS[family],
             },
-            "tokenizer": str(Path(data).parent / "tokenizer") if family == "t5" else None,
+            "tokenizer": str(Path(data).parent / "tokenizer") if family in ("t5", "bert") else None,
             "data": {"path": data, "split": "80,20,0"},
             "train": {
                 "steps": STEPS,
@@ -120,7 +139,9 @@ def write_data(prefix: Path) -> str:
     generator = np.random.default_rng(0)
     writer = IndexedWriter(f"{prefix}_text_document", np.uint16)
     for _ in range(60):
-        writer.add_sequence(np.tile(generator.integers(0, 90, 6), int(generator.integers(8, 40))).astype(np.uint16))
+        sentence = generator.integers(0, 90, 6).astype(np.uint16)
+        for _ in range(int(generator.integers(8, 40))):
+            writer.add_sequence(sentence)
         writer.end_document()
     writer.finish()
     write_tokenizer(prefix.parent / "tokenizer")
@@ -128,8 +149,9 @@ def write_data(prefix: Path) -> str:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """90 words, the first of them T5's special tokens."""
+    """90 words, the first of them T5's and BERT's special tokens."""
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(8))]
+    special += ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, *(f"w{number}" for number in range(len(special), 90))]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     definition = {
@@ -142,12 +164,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def family_of(name: str) -> str:
-    return "t5" if name.startswith("t5 ") else "gpt"
+    first = name.split()[0]
+    return first if first in _MODELS else "gpt"
 
 
 def ways(name: str) -> tuple[str, ...]:
-    """How a row is run. The rows of T5 on two ranks are quick tests: with recomputation alone."""
-    return ("full",) if family_of(name) == "t5" and ROWS[name][0] == 2 else RECOMPUTE
+    """How a row is run. On two ranks, where the test is quick, families beside GPT run with recomputation alone."""
+    return ("full",) if family_of(name) != "gpt" and ROWS[name][0] == 2 else RECOMPUTE
 
 
 def run_rows(rank: int, size: int, data: str, folder: str, names: list[str]) -> None:
@@ -167,7 +190,8 @@ def distance(folder: Path, name: str, how: str) -> Distance:
     """A finished row against the finished reference."""
     from safetensors.numpy import load_file
 
-    reference = "t5 reference none" if family_of(name) == "t5" else "reference none"
+    family = family_of(name)
+    reference = "reference none" if family == "gpt" else f"{family} reference none"
     runs = [folder / f"{label}".replace(" ", "-") for label in (f"{name} {how}", reference)]
     metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     assert [len(records) for records in metrics] == [STEPS, STEPS]
@@ -177,7 +201,8 @@ def distance(folder: Path, name: str, how: str) -> Distance:
     }
     mine, other = (load_file(run / f"step-{STEPS:08d}" / "model" / "model.safetensors") for run in runs)
     assert mine.keys() == other.keys()
-    apart = [float(np.abs(mine[key] - other[key]).max() / max(np.abs(other[key]).max(), 1e-30)) for key in other]
+    # A key's bias has no gradient; where it is a tensor of its own (BERT), all it holds is rounding.
+    apart = [float(np.abs(mine[key] - other[key]).max() / max(np.abs(other[key]).max(), 1e-4)) for key in other]
     return Distance(found["loss"], found["grad_norm"], max(apart))
 
 
@@ -187,8 +212,9 @@ def page(found: dict[tuple[str, str], Distance]) -> str:
         "",
         "The same recipe learns the same model however it is spread. Made by `python tests/numerics/layout_rows.py`",
         "and held by `tests/numerics/test_layouts.py`: 20 steps in float32 on CPU ranks over gloo of a GPT of 4 layers",
-        "or, where it says so, a T5 of 2 + 2; largest relative difference from one rank. Bounds: loss and gradient",
-        "norm 1e-5, final weights in `model/` 1e-4 of each tensor's largest.",
+        "or, where it says so, a T5 of 2 + 2, a BERT of 4, or a GPT with experts in every other layer; largest relative",
+        "difference from one rank. Bounds: loss and gradient norm 1e-5, final weights in `model/` 1e-4 of each tensor's",
+        "largest.",
         "",
         "t tensor, p pipeline, c context, d data; sequence: `parallel.sequence`; offload: `parallel.offload` cpu;",
         "recompute: `train.recompute`.",
