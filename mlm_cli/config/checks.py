@@ -9,6 +9,7 @@ from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.config.tasks import check_task
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -184,6 +185,8 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake(
             ("task",), "`task` is not set: nothing to fine-tune on", "start from `mlm recipe show finetune/sst2`"
         )
+    else:
+        yield from check_task(recipe.task)
     if recipe.train.rampup is not None:
         yield Mistake(
             ("train.rampup",),

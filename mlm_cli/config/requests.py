@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlm_cli.config.tasks import TASK_KINDS
+
 OutputFormat = Literal["text", "json"]
-EVALUATION_TASKS = ("perplexity", "classification")  # of `mlm evaluate`, known without loading any of them
+EVALUATION_TASKS = ("perplexity", *TASK_KINDS)  # of `mlm evaluate`, known without loading any of them
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -20,8 +22,8 @@ class EvaluateRequest:
 
     Attributes:
         model: run folder, checkpoint folder, Hugging Face folder or Hub name.
-        tasks: names such as ``perplexity`` and ``classification``.
-        data: text files or prefixes of indexed data sets (perplexity), or the labelled file (classification).
+        tasks: ``perplexity``, or kinds of task of ``config.tasks``.
+        data: text files or prefixes of indexed data sets (perplexity), or the task's files.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
         batch_size: windows or examples scored at once on one rank. Never changes a score.
         max_length: tokens of context; unset: the model's.

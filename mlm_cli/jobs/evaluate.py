@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,17 @@ import torch
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
+from mlm_cli.checkpoint.hub import load_model_folder, read_model_config, resolve_model, task_class
 from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
-from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
-from mlm_cli.evaluation.classify import ClassificationEvaluator, classification_result
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
+from mlm_cli.jobs.evaluate_task import evaluate_task, tokenizer_of
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.tasks.classification import columns_of, encode_examples
-from mlm_cli.tasks.classifier_folder import load_classifier, read_facts
-from mlm_cli.tasks.labelled_text import read_examples
 
 if TYPE_CHECKING:
-    from mlm_cli.config.schema import ModelSection, TaskSection
+    from mlm_cli.config.schema import ModelSection
 
 RESULTS = "results.json"
 
@@ -74,19 +71,19 @@ def resolve(model: str) -> Path:
 
 
 def _task_named(name: str) -> Callable[[EvaluateRequest, Path, ParallelContext], TaskResult]:
-    known = {"perplexity": _perplexity, "classification": _classification}
-    if name not in known:
+    if name not in EVALUATION_TASKS:
         raise UsageError(f"unknown task `{name}`", hint=f"known tasks: {', '.join(EVALUATION_TASKS)}")
-    return known[name]
+    return _perplexity if name == "perplexity" else partial(_labelled, name)
 
 
 def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:
     if not request.data:
         raise UsageError("perplexity needs text", hint="give files or an indexed prefix with --data")
     section, config = read_model_config(folder)
-    if any("Classification" in str(name) for name in config.get("architectures", list, [])):
-        raise UsageError(f"{request.model} is a classifier: it predicts no text", hint="use --task classification")
-    tokenizer = agree.all_succeed(lambda: _tokenizer(request, folder, section))
+    if task_class(config) is not None:
+        name = config.get("mlm_task", dict, {}).get("name", "classification")
+        raise UsageError(f"{request.model} was fine-tuned to a task: it predicts no text", hint=f"use --task {name}")
+    tokenizer = agree.all_succeed(lambda: tokenizer_of(request, folder, section))
     length = _context_length(request, section)
     documents = agree.all_succeed(lambda: open_documents(request.data, tokenizer, limit=request.limit))
     # Training data has an end-of-document id before each document: it makes the first token predictable too.
@@ -113,65 +110,17 @@ def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContex
     return perplexity_result(tally, documents, name="perplexity", config=facts)
 
 
-def _classification(request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:
-    facts = read_facts(folder)
-    section, _ = read_model_config(folder)
-    task = _task_section(request, folder)
-    paths = request.data or ((task.dev,) if task.dev else ())
-    if not paths:
-        raise UsageError("classification needs a labelled file", hint="give one with --data")
-    tokenizer = agree.all_succeed(lambda: _tokenizer(request, folder, section))
-    columns = columns_of(task)
-    examples = agree.all_succeed(lambda: [example for path in paths for example in read_examples(path, columns)])
-    chosen = examples[: request.limit]
-    length = min(_context_length(request, section), facts.max_length)
-    features = agree.all_succeed(lambda: encode_examples(chosen, facts.labels, tokenizer, length))
-    model, _ = agree.all_succeed(lambda: load_classifier(folder, parallel, dtype=_dtype(request)))
-    model.requires_grad_(False)
-    evaluator = ClassificationEvaluator(
-        features, parallel, num_labels=len(facts.labels), pad_id=facts.pad_id, batch_size=request.batch_size
-    )
-    with _Progress("classification") as progress:
-        confusion, loss = evaluator.count(model, progress.update)
-    config: dict[str, object] = {
-        "dataset_path": list(paths),
-        "output_type": "classification",
-        "max_length": length,
-        "text_column": task.text_column,
-        "text_pair_column": task.text_pair_column,
-        "label_column": task.label_column,
-    }
-    return classification_result(
-        confusion, loss, facts.labels, seed=request.seed, config=config, num_original=len(examples)
-    )
-
-
-def _task_section(request: EvaluateRequest, folder: Path) -> TaskSection:
-    """Columns of the data: those given by hand, else those of the run that made the model."""
-    from pydantic import ValidationError
-
-    from mlm_cli.config.resolve import resolve_recipe
-    from mlm_cli.config.schema import TaskSection
-
-    values: dict[str, Any] = {"train": "", "dev": ""}
-    recipe = folder.parent.parent / "recipe.yaml"  # RUN/step-N/model
-    if folder.name == "model" and recipe.is_file():
-        section = resolve_recipe(str(recipe)).task
-        values |= section.model_dump(exclude_unset=True) if section is not None else {}
-    given = dict(request.task_keys)
-    if given.keys() & {"text_column", "label_column", "text_pair_column"} and "header" not in given:
-        values.pop("header", None)  # what was true of the training file says nothing about columns named anew
-    try:
-        return TaskSection(**{**values, **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"task.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _tokenizer(request: EvaluateRequest, folder: Path, section: ModelSection) -> Tokenizer:
-    tokenizer = load_tokenizer(request.tokenizer or str(folder))
-    check_vocabulary(section, tokenizer, str(folder))
-    return tokenizer
+def _labelled(name: str, request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:
+    with _Progress(name.replace("_", " ")) as progress:
+        return evaluate_task(
+            name,
+            request,
+            folder,
+            parallel,
+            dtype=_dtype(request),
+            output=_output_folder(request),
+            on_batch=progress.update,
+        )
 
 
 def _context_length(request: EvaluateRequest, section: ModelSection) -> int:
