@@ -74,9 +74,11 @@ class TextEncoder:
             ids = [*self.before, *kept, *self.after] or self.between[:1]
             return Row(_array(ids), np.zeros(len(ids), np.int64), len(self.before), len(kept))
         room = self.room(pair=True)
-        # The shorter keeps all it has while the longer gives way, down to equal halves.
-        keep_second = min(len(second), max(room - len(first), room // 2))
-        keep_first = min(len(first), room - keep_second)
+        # The shorter keeps all it has while the longer gives way, down to halves; as transformers does it.
+        short, long = sorted((len(first), len(second)))
+        keep_short = min(short, max(room - long, room // 2))
+        keep_long = min(long, room - keep_short)
+        keep_first, keep_second = (keep_short, keep_long) if len(first) <= len(second) else (keep_long, keep_short)
         head = [*self.before, *first[:keep_first], *self.between]
         ids = [*head, *second[:keep_second], *self.after][: self.max_length]
         types = np.zeros(len(ids), np.int64)

@@ -77,7 +77,7 @@ def make_model(layout: str, task: Task, parallel: ParallelContext | None = None,
 
 
 def make_batch(pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Four rows of 1 to 12 tokens, padded on the right as transformers expects it; with a second text if long enough."""
+    """Four rows of 1 to 12 tokens, padded on the right as transformers expects it; longer ones have a second text."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor([12, 1, 7, 4])
     tokens = torch.randint(5, 60, (4, 12), generator=generator)
@@ -91,7 +91,7 @@ def make_batch(pad_id: int = 0) -> dict[str, torch.Tensor]:
 def outputs_and_gradients(
     rank: int, world_size: int, folder: str, cases: list[tuple[str, str]]
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """For each (layout, task) under ``folder``: outputs, whole gradients of the head and of sliced layers; saves again."""
+    """For each (layout, task) under ``folder``: outputs, whole gradients of head and sliced layers; saves again."""
     parallel = ParallelContext.create(tensor=world_size)
     tokenizer = load_tokenizer(Path(folder) / "tok")
     found = {}

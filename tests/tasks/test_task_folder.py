@@ -254,3 +254,33 @@ def check_slices(folder: Path, run_ranks: Any, cases: list[tuple[str, str]]) -> 
         base = folder / layout / name
         files = [base, *(base / f"again{size}" for size in (1, 2))]
         assert len({(file / "model.safetensors").read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in ENDINGS if name != "embedding"])
+def test_losses_are_theirs(tmp_path: Path, name: str) -> None:
+    """On rows without padding: their spans' softmax goes over padding too, ours does not."""
+    task = make_task(name, SECTIONS["bert"], wordpiece(tmp_path / "tok"))
+    save_task_model(make_model("bert", task), task, tmp_path / "m")
+    theirs = open_theirs(their_class("bert", name), tmp_path / "m")
+    tokens = torch.randint(5, 60, (4, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"tokens": tokens, "lengths": torch.full((4,), 9), "token_types": (torch.arange(9) > 4).long().expand(4, 9)}
+    labels: dict[str, torch.Tensor] = {
+        "classification": torch.tensor([0, 2, 1, 2]),
+        "regression": torch.tensor([0.5, -1.0, 3.0, 2.0]),
+        "token_classification": torch.arange(36).view(4, 9) % 4 - 1,
+        "question_answering": torch.tensor([[1, 3], [0, 0], [8, 8], [2, 7]]),
+        "multiple_choice": torch.tensor([1, 0]),
+    }
+    batch["labels"] = labels[name].where(labels[name] != -1, -100) if name == "token_classification" else labels[name]
+    inputs = [tokens, torch.ones_like(tokens), batch["token_types"]]
+    given = {"labels": batch["labels"]}
+    if name == "question_answering":
+        given = {"start_positions": batch["labels"][:, 0], "end_positions": batch["labels"][:, 1]}
+    elif name == "multiple_choice":
+        batch["members"] = torch.arange(4).view(2, 2)
+        inputs = [tensor.reshape(2, 2, 9) for tensor in inputs]
+    with torch.no_grad():
+        expected = theirs(inputs[0], attention_mask=inputs[1], token_type_ids=inputs[2], **given).loss
+        found, count = task.loss(load_task_model(tmp_path / "m", ONE, task.head).eval()(batch), batch)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert int(count) == {"token_classification": 27, "multiple_choice": 2}.get(name, 4)
