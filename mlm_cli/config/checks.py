@@ -187,6 +187,12 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         )
     else:
         yield from check_task(recipe.task)
+        if recipe.task.loss == "contrastive" and recipe.train.micro_batch_size < 2:
+            yield Mistake(
+                ("train.micro_batch_size", "task.loss"),
+                "`task.loss` contrastive tells a pair from the others of its micro-batch, and `train.micro_batch_size` is 1",
+                "use `train.micro_batch_size=64`, or as many as there is memory for",
+            )
     if recipe.train.rampup is not None:
         yield Mistake(
             ("train.rampup",),

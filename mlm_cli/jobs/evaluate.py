@@ -83,6 +83,11 @@ def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContex
     if task_class(config) is not None:
         name = config.get("mlm_task", dict, {}).get("name", "classification")
         raise UsageError(f"{request.model} was fine-tuned to a task: it predicts no text", hint=f"use --task {name}")
+    if section.family != "gpt":
+        raise UsageError(
+            f"{request.model} is of the {section.family} family: it has no probability of a text from left to right",
+            hint="perplexity is a measure of causal language models",
+        )
     tokenizer = agree.all_succeed(lambda: tokenizer_of(request, folder, section))
     length = _context_length(request, section)
     documents = agree.all_succeed(lambda: open_documents(request.data, tokenizer, limit=request.limit))

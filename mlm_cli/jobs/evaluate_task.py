@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary
+from mlm_cli.config.mistakes import as_error
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.config.resolve import resolve_recipe
 from mlm_cli.config.schema import ModelSection, TaskSection
-from mlm_cli.config.tasks import TASK_KINDS
+from mlm_cli.config.tasks import TASK_KINDS, check_task
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.results import TaskResult, write_texts
@@ -86,10 +87,14 @@ def task_section(name: str, request: EvaluateRequest, folder: Path, settings: An
     if given.keys() & _COLUMNS and "header" not in given:
         values.pop("header", None)  # what was true of the training file says nothing about columns named anew
     try:
-        return TaskSection(**{**values, **settings, **given, "name": name})
+        found = TaskSection(**{**values, **settings, **given, "name": name})
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"task.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    mistakes = list(check_task(found))
+    if mistakes:
+        raise as_error(mistakes)
+    return found
 
 
 def tokenizer_of(request: EvaluateRequest, folder: Path, section: ModelSection) -> Tokenizer:

@@ -10,6 +10,7 @@ import numpy as np
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.special_tokens import bert_tokens
 from mlm_cli.data.tokenizer import Tokenizer
+from mlm_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TextEncoder:
         max_length: longest row, at most the model's context.
 
     Raises:
+        UsageError: ``max_length`` leaves no room for text.
         DataError: a BERT model with a tokenizer that lacks ``[CLS]``, ``[SEP]``, ``[MASK]`` or ``[PAD]``.
     """
 
@@ -55,6 +57,11 @@ class TextEncoder:
         if self.marked:
             special = bert_tokens(tokenizer)
             self.before, self.between, self.after = [special.cls], [special.sep], [special.sep]
+        if self.room(pair=True) < 1:
+            raise UsageError(
+                f"texts of {max_length} tokens at most leave no room for text beside what marks its beginning and end",
+                hint="use a longer task.max_length",
+            )
 
     def room(self, *, pair: bool = False) -> int:
         """Tokens of text that a row has room for."""

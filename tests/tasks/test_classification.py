@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from mlm_cli.errors import DataError
+from mlm_cli.errors import DataError, UsageError
 from mlm_cli.tasks.classification import (
     Classification,
     confusion_matrix,
@@ -97,6 +97,8 @@ def test_bert_reads_what_transformers_makes_of_pairs(test_data: Path, tmp_path: 
 def test_bert_needs_its_special_tokens() -> None:
     with pytest.raises(DataError, match=r"`bytes` has no \[CLS\], \[SEP\]"):
         TextEncoder(load_tokenizer("bytes"), ModelSection(family="bert"), 16)
+    with pytest.raises(UsageError, match="leave no room"):
+        TextEncoder(load_tokenizer("bytes"), ModelSection(), 1)
 
 
 @settings(max_examples=100, deadline=None)
