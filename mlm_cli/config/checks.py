@@ -190,7 +190,7 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         if recipe.task.loss == "contrastive" and recipe.train.micro_batch_size < 2:
             yield Mistake(
                 ("train.micro_batch_size", "task.loss"),
-                "`task.loss` contrastive tells a pair from the others of its micro-batch, and `train.micro_batch_size` is 1",
+                "`task.loss` contrastive tells a pair from the others of its micro-batch, which holds only one",
                 "use `train.micro_batch_size=64`, or as many as there is memory for",
             )
     if recipe.train.rampup is not None:
