@@ -85,6 +85,7 @@ def save_model_folder(
     """
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer)
+    assert head is None or model.head is None, "a task's head stands in place of the model's own"
     layout = LAYOUTS[hub_layout(model.config)]
     if model.parallel.data.rank != 0:
         return {}

@@ -40,7 +40,7 @@ def pretrained(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands("debug/bert"):
-            assert run([*command, "--quiet"]) == 0, command
+            assert run([*command]) == 0, command
     return folder
 
 
@@ -112,7 +112,7 @@ def test_every_kind_of_task_from_a_bert_run(
     monkeypatch.chdir(tmp_path)
     tune, score = commands(f"debug/{name}")[-2:]
     assert tune[0] == "finetune" and score[:1] == ["evaluate"] and score[-1] == task
-    assert run([*tune, "--quiet", "log.every=1", "log.tensorboard=false"]) == 0
+    assert run([*tune, "log.every=1", "log.tensorboard=false"]) == 0
     folder = tmp_path / "runs" / f"debug-{name}"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records]
@@ -122,7 +122,7 @@ def test_every_kind_of_task_from_a_bert_run(
     best = max(found, key=lambda step: (found[step], -step))
     assert (folder / "best").read_text().strip() == f"step-{best:08d}"
     capsys.readouterr()
-    assert run([*score, "--format", "json", "--quiet"]) == 0
+    assert run([*score, "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["results"][task][f"{metric},none"] == pytest.approx(found[best], abs=2e-3)
     if count is not None:
