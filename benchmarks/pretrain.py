@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from interleave import Worker, interleave, ratio, save
+from matrix_rate import product_seconds
 
 HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, LENGTH = 6, 384, 256
@@ -39,28 +39,10 @@ def matrix_flops(vocab: int, batch: int) -> float:
 
 
 def matrix_seconds(vocab: int, batch: int, precision: str) -> float:
-    """Seconds that the dense matrix products of one step take by themselves, at the very same shapes, forward,
-    input gradient and weight gradient; the best of several runs each. What a step would cost if all else were free."""
-    script = f"""
-import time, torch
-dtype = torch.{"bfloat16" if precision == "bf16" else "float32"}
-rows, h = {batch * LENGTH}, {HIDDEN}
-def best(run):
-    run(); run()
-    times = []
-    for _ in range(7):
-        start = time.perf_counter(); run(); times.append(time.perf_counter() - start)
-    return min(times)
-total = 0.0
-n = {LAYERS}
-for width, depth, count in ((3*h, h, n), (h, h, n), (4*h, h, n), (h, 4*h, n), ({vocab}, h, 1)):
-    x = torch.randn(rows, depth, dtype=dtype)
-    w = torch.randn(width, depth, dtype=dtype)
-    g = torch.randn(rows, width, dtype=dtype)
-    total += count * (best(lambda: x @ w.t()) + best(lambda: g @ w) + best(lambda: g.t() @ x))
-print(total)
-"""
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    """Seconds that the dense matrix products of one step take by themselves, at the very same shapes."""
+    rows, h, n = batch * LENGTH, HIDDEN, LAYERS
+    layers = [(rows, 3 * h, h, n), (rows, h, h, n), (rows, 4 * h, h, n), (rows, h, 4 * h, n)]
+    return product_seconds([*layers, (rows, vocab, h, 1)], precision)
 
 
 def compare(vocab: int, batch: int, precision: str, rounds: int, units: int, names: list[str]) -> dict[str, Any]:

@@ -219,8 +219,64 @@ def mlm(args: argparse.Namespace) -> Work:
     return work
 
 
-def mlm_ranks(args: argparse.Namespace) -> Work | None:
-    """Two ranks of ours with half of the cores each: this process is rank 0 and starts the other."""
+def megatron_core(args: argparse.Namespace) -> Work:
+    """NVIDIA's GPTModel at tensor size 2 over gloo, as their ``examples/run_simple_mcore_train_loop.py`` builds it.
+
+    It asks for CUDA in two places that the CPU can do without: the device of a scratch buffer, and the streams of
+    dropout, which is off. AdamW is torch's fused one; in bfloat16 it updates the bfloat16 weights alone, ours keeps
+    float32 masters: less work for the rival.
+    """
+    import torch.distributed as dist
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    get_cuda_rng_tracker().fork = lambda *_, **__: contextlib.nullcontext()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    config = TransformerConfig(
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, ffn_hidden_size=4 * HIDDEN,
+        tensor_model_parallel_size=2, use_cpu_initialization=True, params_dtype=dtype, pipeline_dtype=dtype,
+        bf16=args.precision == "bf16", hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=args.vocab,
+        max_sequence_length=LENGTH,
+        share_embeddings_and_output_weights=True,
+    ).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    counted = [p for p in model.parameters() if first or getattr(p, "tensor_model_parallel", False)]
+    data, positions = tokens(args.vocab, args.batch), torch.arange(LENGTH).expand(args.batch, -1)
+    hidden = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+    def work(steps: int) -> dict[str, Any]:
+        asked = torch.tensor(steps)
+        dist.broadcast(asked, 0)
+        for _ in range(int(asked)):
+            rows = next(data)
+            loss = model(rows[:, :-1].contiguous(), positions, hidden, labels=rows[:, 1:].contiguous()).mean()
+            loss.backward()
+            squares = torch.stack(torch._foreach_norm([p.grad for p in counted])).float().square().sum()
+            dist.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
+            factor = min(1.0, CLIP / (float(squares.sqrt()) + 1e-6))
+            torch._foreach_mul_([p.grad for p in model.parameters()], factor)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {"loss": float(loss)}
+
+    return work
+
+
+def two_ranks(args: argparse.Namespace, make: Callable[[argparse.Namespace], Work]) -> Work | None:
+    """Two ranks with half of the cores each: this process is rank 0 and starts the other."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     rank = int(os.environ.get("RANK", "0"))
@@ -233,7 +289,7 @@ def mlm_ranks(args: argparse.Namespace) -> Work | None:
         os.environ["RANK"] = "0"
     os.sched_setaffinity(0, cores[rank * half : (rank + 1) * half])
     torch.set_num_threads(half)
-    work = mlm(args)
+    work = make(args)
     if rank == 0:
         return work
     with contextlib.suppress(RuntimeError):  # rank 0 leaves when its stdin closes
@@ -259,8 +315,9 @@ def main() -> None:
         "mlm-again": lambda: mlm(args),
         "plain": lambda: plain(args, compiled=False),
         "compile": lambda: plain(args, compiled=True),
-        "tensor2": lambda: mlm_ranks(args),
-        "data2": lambda: mlm_ranks(args),
+        "tensor2": lambda: two_ranks(args, mlm),
+        "data2": lambda: two_ranks(args, mlm),
+        "megatron-core": lambda: two_ranks(args, megatron_core),
         "litgpt": lambda: litgpt(args),
         "litgpt-true": lambda: litgpt(args),
     }

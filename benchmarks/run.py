@@ -18,7 +18,11 @@ BENCHMARKS = {
     "preprocess": ["preprocess.py"],
     "ops": ["ops.py"],
     "pretrain": ["pretrain.py", "--layouts"],
+    "bert": ["bert.py"],
     "generate": ["generate.py"],
+    "checkpoint": ["checkpoint.py"],
+    "megatron_core": ["megatron_core.py"],
+    "sparse_attention": ["sparse_attention.py"],
 }
 
 

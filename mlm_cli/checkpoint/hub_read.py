@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert
+from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
@@ -21,7 +21,7 @@ from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
-LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert)}
+LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_own)}
 # transformers' classes with a task's head in place of the output layer over the vocabulary, by the end of their names.
 TASK_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -53,6 +53,7 @@ def load_model_folder(
     device: torch.device | str | None = None,
     head: bool = True,
     changes: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
 
@@ -62,7 +63,10 @@ def load_model_folder(
         dtype: of the weights in memory.
         device: unset: that of ``parallel``.
         head: False leaves out the head of pretraining, and passes over it, or over that of a task, in the files.
-        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's.
+        changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
+            ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
+            (Beltagy et al. 2020, section 5).
+        on_bytes: told the bytes of each parameter filled.
 
     Raises:
         CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
@@ -72,6 +76,7 @@ def load_model_folder(
     if device is not None and torch.device(device) != parallel.device:
         raise AssertionError("the device is the context's")
     section, config = read_model_config(folder)
+    num_positions = section.seq_length
     section = section.model_copy(update=dict(changes or {}))
     with WeightFiles(folder) as files:
         if head and task_class(config) is not None:
@@ -81,7 +86,8 @@ def load_model_folder(
             )
         check_slices(section, parallel.tensor.size)
         model = build_model(section, parallel, dtype=dtype, init=False, head=head)
-        _fill(model, files, key_map_of(section, config), set() if head else head_tensors(section, files))
+        extra = set() if head else head_tensors(section, files)
+        _fill(model, files, key_map_of(section, config), extra, num_positions, on_bytes)
     return model, section
 
 
@@ -108,11 +114,24 @@ def head_tensors(section: ModelSection, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if heads.fullmatch(name)}
 
 
-def _fill(model: Model, files: WeightFiles, layout: KeyMap, extra: set[str]) -> None:
+def _fill(
+    model: Model, files: WeightFiles, layout: KeyMap, extra: set[str], num_positions: int,
+    on_bytes: Callable[[int], None] | None,
+) -> None:  # fmt: skip
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
     for name, param in model.named_parameters():
+        if name == "embedding.position.weight" and param.shape[0] != num_positions:
+            stored = param.new_empty(num_positions, param.shape[1])
+            _read_parameter(stored, layout.entries[name], files, layout, model.parallel, used)
+            param.data.copy_(stored[torch.arange(param.shape[0], device=stored.device) % num_positions])
+            continue
         _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
+        if on_bytes is not None:
+            on_bytes(param.numel() * param.element_size())
+    if model.parallel.pipeline.size > 1:  # what other stages read is known too
+        sources = [source for entry in layout.entries.values() for source in entry.sources]
+        used.update(found for source in sources if (found := find(source, files, layout)) is not None)
     for name, shape in layout.zeros.items():
         found = find(name, files, layout)
         if found is not None:

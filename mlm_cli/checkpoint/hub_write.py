@@ -58,6 +58,7 @@ def save_model_folder(
     head: Head | None = None,
     max_shard_bytes: int = 4 << 30,
     later: list[Callable[[], None]] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, FileRecord]:
     """Write ``model`` in Hugging Face layout. All ranks call; group rank 0 of the tensor group writes.
 
@@ -74,6 +75,7 @@ def save_model_folder(
         max_shard_bytes: files grow no larger; more than one get an index.
         later: nothing is written now: a copy of the weights is taken, and what is left to do with it is added to this
             list, to be called in order, in any thread (no collectives are left).
+        on_bytes: told the bytes of each weight file, on the rank that writes, when it is written.
 
     Returns:
         size and SHA-256 of each weight file (empty on ranks that write nothing).
@@ -87,10 +89,10 @@ def save_model_folder(
         check_vocabulary(model.config, tokenizer)
     assert head is None or model.head is None, "a task's head stands in place of the model's own"
     layout = LAYOUTS[hub_layout(model.config)]
-    if model.parallel.data.rank != 0:
+    if model.parallel.replicas.rank != 0:
         return {}
     first_slice = model.parallel.tensor.rank == 0 and model.parallel.pipeline.rank == 0
-    writer = _Writer(Path(folder), first_slice, later)
+    writer = _Writer(Path(folder), first_slice, later, on_bytes)
     key_map: KeyMap = layout.key_map(model.config)
     prefix = getattr(layout, "TASK_PREFIX", {}).get(head.architecture if head is not None else None)
     if prefix:
@@ -210,8 +212,14 @@ def _own_copies(tensors: dict[str, Tensor], live: list[Tensor]) -> dict[str, Ten
 class _Writer:
     """Writes on one rank. An error is kept until every rank has gone through all collectives, so that none waits."""
 
-    def __init__(self, folder: Path, active: bool, later: list[Callable[[], None]] | None = None) -> None:
-        self.folder, self.active, self.later = folder, active, later
+    def __init__(
+        self,
+        folder: Path,
+        active: bool,
+        later: list[Callable[[], None]] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        self.folder, self.active, self.later, self.on_bytes = folder, active, later, on_bytes
         self.records: dict[str, FileRecord] = {}
         self._names: list[list[str]] = []
         self._bytes = 0
@@ -233,6 +241,8 @@ class _Writer:
             self.records[name] = write_tensors(self.folder / name, tensors, {"format": "pt"})
             self._names.append(list(tensors))
             self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            if self.on_bytes is not None:
+                self.on_bytes(self.records[name].size)
 
         self._try(write)
 

@@ -100,4 +100,6 @@ KEPT = (
 
 
 def kept_settings(model: ModelSection) -> dict[str, Any]:
-    return {key: getattr(model, key) for key in KEPT} | {"bias": model.bias}
+    keys = {*KEPT, *(("rotary_base", "rotary_scaling", "seq_length") if model.rotary_scaling is not None else ())}
+    values = model.model_dump(mode="json", include=keys, exclude_none=True)
+    return values | {"bias": model.bias}

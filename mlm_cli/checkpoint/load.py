@@ -20,7 +20,8 @@ from mlm_cli.checkpoint.state import (
     HasState,
     Position,
     Streams,
-    layout_of,
+    describe_layout,
+    is_layout,
     rank_file,
     read_about,
     restore_rng,
@@ -105,7 +106,7 @@ def load_state(found: Found, engine: HasState, streams: Streams | None, parallel
 
 
 def _load_state(found: Found, engine: HasState, streams: Streams | None, parallel: ParallelContext) -> Position:
-    same_layout = found.manifest.layout == layout_of(parallel)
+    same_layout = is_layout(found.manifest.layout, parallel)
     own = rank_file(parallel.world.rank if same_layout else 0)
     about, handle = read_about(found.folder / own)
     fragments = engine.fragments()
@@ -121,9 +122,11 @@ def _load_state(found: Found, engine: HasState, streams: Streams | None, paralle
     if same_layout:
         restore_rng(about, handle, parallel.device, streams)
     else:
-        was = " x ".join(f"{axis} {size}" for axis, size in found.manifest.layout.items() if axis != "world")
+        was = describe_layout(found.manifest.layout)
         log.info(f"{found.folder.name} was written on another layout ({was}): its state was laid out anew")
     engine.updates = int(about["updates"])
+    if engine.scaler is not None and about.get("loss_scale"):
+        engine.scaler.load(about["loss_scale"])
     engine.refresh()
     return Position(int(about["step"]), int(about["consumed_samples"]), about["extra"])
 

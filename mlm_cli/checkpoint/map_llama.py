@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
+from mlm_cli.checkpoint.rope_parameters import read_rope, write_rope
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
-from mlm_cli.errors import CheckpointError
 
 MODEL_TYPE = "llama"
 # Heads of pretraining and of tasks: what a model without its head leaves to the task.
@@ -39,28 +39,15 @@ def read_config(config: ConfigReader) -> ModelSection:
         num_query_groups=config.get("num_key_value_heads", int, heads),
         head_dim=config.get("head_dim", int, hidden // max(heads, 1)),
         ffn_hidden_size=config.get("intermediate_size", int),
-        seq_length=config.get("max_position_embeddings", int, 2048),
         vocab_size=config.get("vocab_size", int),
         position="rotary",
-        rotary_base=_rotary_base(config),
+        **read_rope(config),
         norm="rmsnorm",
         norm_eps=config.get("rms_norm_eps", (int, float), 1e-6),
         activation="swiglu",
         bias=config.get("attention_bias", bool, False) or config.get("mlp_bias", bool, False),
         tie_embeddings=config.get("tie_word_embeddings", bool, False),
     )
-
-
-def _rotary_base(config: ConfigReader) -> float:
-    """Base of the rotary wavelengths, from where transformers 4 or 5 writes it; scaled ones are refused."""
-    rope = config.get("rope_parameters", dict, None) or config.get("rope_scaling", dict, {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{config.where}: rotary positions of type `{kind}` are not supported, only `default`")
-    base = rope.get("rope_theta", config.get("rope_theta", (int, float), 10000.0))
-    if not isinstance(base, int | float):
-        raise CheckpointError(f"{config.where}: `rope_theta` cannot be {base!r}")
-    return float(base)
 
 
 def write_config(model: ModelSection) -> dict[str, Any]:
@@ -73,12 +60,10 @@ def write_config(model: ModelSection) -> dict[str, Any]:
         "num_key_value_heads": num_query_groups(model),
         "head_dim": head_dim(model),
         "intermediate_size": ffn_hidden_size(model),
-        "max_position_embeddings": model.seq_length,
         "vocab_size": model.vocab_size,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rotary_base,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        **write_rope(model),
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
         "attention_dropout": model.attention_dropout,

@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, num_query_groups
+from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_query_groups
 from mlm_cli.models.count import count_parameters, layer_counts
 
-_STYLE = {"gpt2": "GPT-2 style", "llama": "Llama style", "bert": "BERT", "megatron-bert": "Megatron-LM BERT"}
+_STYLE = {
+    "gpt2": "GPT-2 style",
+    "llama": "Llama style",
+    "bert": "BERT",
+    "megatron-bert": "Megatron-LM BERT",
+    "mlm": "mixture-of-experts",
+}
 _KIND = {"gpt": "causal language model", "bert": "masked language model"}
 _PIPELINE = {"gpt": "text-generation", "bert": "fill-mask"}
 
@@ -51,6 +57,8 @@ def model_card(
         "weights": dtype,
     }
     facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
+    layout = hub_layout(model)
+    outside = "" if layout == "mlm" else f"as `{architecture}` in `transformers`, and "
     lines = [
         "---",
         "library_name: transformers",
@@ -61,8 +69,7 @@ def model_card(
         "",
         f"# {meta.get('name', 'A model trained with mlm')}",
         "",
-        f"A {_STYLE[hub_layout(model)]} {kind}. Opens as `{architecture}` in `transformers`,",
-        "and wherever `mlm` takes a MODEL of its kind.",
+        f"A {_STYLE[layout]} {kind}. Opens {outside}wherever `mlm` takes a MODEL of its kind.",
         "",
         "## The model",
         "",
@@ -74,6 +81,7 @@ def model_card(
         "",
         "## Limits",
         "",
+        *_sparse_limit(model),
         "- Licence unknown: whoever publishes these weights states one, fitting the data they were trained on.",
         "- It repeats what is in its training text, errors, bias and private details included, and states falsehoods",
         "  fluently. Nothing here has tested it for a particular use.",
@@ -81,6 +89,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _sparse_limit(model: ModelSection) -> list[str]:
+    """What whoever opens a sparse model elsewhere must know: the layout has no word for its pattern."""
+    if not is_sparse(model):
+        return []
+    return [
+        f"- Its attention is sparse (`{model.attention.pattern}`, window {model.attention.window}), which `mlm` reads",
+        "  from `config.json`. Other programs attend to every token, which is another model: use `mlm`.",
+    ]
 
 
 def _exact_parameters(model: ModelSection, head_parameters: int | None) -> int:

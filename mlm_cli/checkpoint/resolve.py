@@ -1,4 +1,4 @@
-"""What a user may call MODEL: a run folder, a checkpoint folder, an exported folder or a Hub name."""
+"""What a user may call MODEL: a run folder, a checkpoint folder, an exported folder, Megatron-LM's, or a Hub name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from mlm_cli import log
+from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -17,7 +19,8 @@ def resolve_model(spec: str | os.PathLike[str]) -> Path:
 
     Args:
         spec: a run folder (its latest checkpoint), a checkpoint folder (its ``model/``), a folder in Hugging Face
-            layout, or the name of a model on the Hub (downloaded unless ``HF_HUB_OFFLINE`` is set).
+            layout, a checkpoint of Megatron-LM in its classic layout (or one iteration of it), or the name of a model
+            on the Hub (downloaded unless ``HF_HUB_OFFLINE`` is set).
 
     Raises:
         CheckpointError: there is no such model.
@@ -33,12 +36,26 @@ def resolve_model(spec: str | os.PathLike[str]) -> Path:
     return _download(name)
 
 
+def resolve_best(spec: str) -> Path:
+    """As ``resolve_model``, but of a fine-tuned run its best checkpoint, not its latest."""
+    best = Path(spec).expanduser() / "best"
+    if best.is_file():
+        name = best.read_text(encoding="utf-8").strip()
+        if (best.parent / name / "model" / "config.json").is_file():
+            log.info(f"taking {name}, the best checkpoint of {spec}")
+            return best.parent / name / "model"
+        log.warn(f"{best} names {name}, which is not there: taking the latest checkpoint")
+    return resolve_model(spec)
+
+
 def _in_folder(path: Path) -> Path:
     latest = path / "latest"
     if (path / "config.json").is_file():
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
+    if is_megatron_folder(path):
+        return path
     if latest.is_file():
         name = latest.read_text(encoding="utf-8").strip()
         if not _STEP.match(name):
@@ -54,7 +71,7 @@ def _in_folder(path: Path) -> Path:
         return whole[-1] / "model"
     raise CheckpointError(
         f"{path} holds no model: neither config.json, nor model/, nor a checkpoint",
-        hint="name a run folder with a checkpoint, a checkpoint folder, or a Hugging Face folder",
+        hint="name a run folder with a checkpoint, a checkpoint folder, a Hugging Face folder or one of Megatron-LM",
     )
 
 

@@ -110,8 +110,8 @@ class Checkpointer:
     def bytes_needed(self) -> int:
         """Size of one checkpoint in bytes: the state files of all ranks, and ``model/`` in float32."""
         weights = sum(math.prod(fragment.shape) for fragment in self.engine.fragments()) * 4
-        # Tensor ranks hold slices of the model, data ranks copies of which one is written.
-        mine = state_bytes(self.engine) + weights / self.parallel.data.size
+        # Tensor ranks hold slices of the model, data and context ranks copies of which one is written.
+        mine = state_bytes(self.engine) + weights / self.parallel.replicas.size
         total = torch.tensor(mine, dtype=torch.float64, device=self.parallel.device)
         return int(self.parallel.world.all_reduce_(total)) + (1 << 20)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,10 +54,21 @@ class Fragment:
         return self.tensors["master"].numel()
 
 
+class LossScaler(Protocol):
+    """A loss scale that moves (``training.loss_scale``)."""
+
+    def state(self) -> dict[str, float]: ...
+
+    def load(self, state: Mapping[str, float]) -> None: ...
+
+
 class HasState(Protocol):
     """What a training engine shows of its state (``training.engine.Engine``)."""
 
     updates: int
+
+    @property
+    def scaler(self) -> LossScaler | None: ...
 
     def fragments(self) -> Sequence[Fragment]: ...
 
@@ -98,7 +109,19 @@ def layout_of(parallel: ParallelContext) -> dict[str, int]:
         "tensor": parallel.tensor.size,
         "data": parallel.data.size,
         "pipeline": parallel.pipeline.size,
+        "context": parallel.context.size,
     }
+
+
+def describe_layout(written: Mapping[str, int]) -> str:
+    """``data 2 x pipeline 1 x tensor 2``."""
+    shown = {axis: size for axis, size in written.items() if axis != "world" and (axis != "context" or size > 1)}
+    return " x ".join(f"{axis} {size}" for axis, size in shown.items())
+
+
+def is_layout(written: Mapping[str, int], parallel: ParallelContext) -> bool:
+    """Was a checkpoint written on this very layout? An axis that an older version did not know had one rank."""
+    return all(written.get(axis, 1) == size for axis, size in layout_of(parallel).items())
 
 
 def state_bytes(engine: HasState) -> int:
@@ -144,12 +167,14 @@ def collect_state(
         "consumed_samples": position.consumed_samples,
         "updates": engine.updates,
         "extra": position.extra,
+        "loss_scale": None if engine.scaler is None else engine.scaler.state(),
         "layout": layout_of(parallel),
         "place": {
             "world": parallel.world.rank,
             "tensor": parallel.tensor.rank,
             "data": parallel.data.rank,
             "pipeline": parallel.pipeline.rank,
+            "context": parallel.context.rank,
         },
         "parameters": parameters,
         "rng": rng_values,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,9 @@ class WeightFiles:
             pickled = sorted(folder.glob("pytorch_model*.bin"))
             raise CheckpointError(
                 f"{folder} holds no {SINGLE} (nor {INDEX})" + (f", only {pickled[0].name}" if pickled else ""),
-                hint="pickled weights can run code and are not read; save them as safetensors" if pickled else None,
+                hint=f"pickled weights take a step of their own: `mlm convert {folder} NEW --to hf --from-pickle`"
+                if pickled
+                else None,
             )
 
     def _open(self, name: str) -> Any:
@@ -103,6 +106,10 @@ class WeightFiles:
 
     def file_of(self, name: str) -> Path:
         return self.folder / self._of.get(name, INDEX if (self.folder / INDEX).is_file() else SINGLE)
+
+    def numel(self, name: str) -> int:
+        """Elements of a tensor."""
+        return math.prod(self._files[self._of[name]].get_slice(name).get_shape())
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless tensor ``name`` is there as floating point with this shape."""

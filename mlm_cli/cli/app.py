@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("mlm_cli.cli.evaluate", "evaluate", "Score a model and write results.json."),
     "generate": ("mlm_cli.cli.generate", "generate", "Continue prompts with a model."),
     "report": ("mlm_cli.cli.report", "report", "Compare runs: curves of loss, scores and speed."),
+    "convert": ("mlm_cli.cli.convert", "convert", "Convert a model between mlm, transformers and Megatron-LM."),
     "plan": ("mlm_cli.cli.plan", "plan", "Say what a recipe needs: ranks, memory, FLOPs, time."),
     "recipe": ("mlm_cli.cli.recipe", "recipe_app", "List, show and check recipes."),
     "doctor": ("mlm_cli.cli.doctor", "doctor", "Report versions, devices and kernels, to paste into an issue."),

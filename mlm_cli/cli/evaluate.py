@@ -42,6 +42,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", metavar="FILE", help="Text, indexed prefix or labelled file; may be repeated."),
     ] = None,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Average the probabilities of all models named.")
+    ] = False,
     stride: Annotated[
         int | None,
         typer.Option("--stride", min=1, metavar="N", help="perplexity: tokens scored a window; unset: no overlap."),
@@ -64,10 +67,12 @@ def evaluate(
 ) -> int:
     """Score a model and write results.json.
 
-    MODEL is a run, checkpoint or Hugging Face folder, or a Hub name.
-    Files named after it count as --data, so that a shell pattern works. Recipe keys that matter here are task.*,
-    tokenizer, parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
-    regression, token_classification, question_answering, multiple_choice, embedding.
+    MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
+    Files named after it count as --data, so that a shell pattern works; with --ensemble they are further models, whose
+    answers are averaged with its own (language models must share a tokenizer, classifiers their label names).
+    Recipe keys that matter here are task.*, tokenizer, parallel.tensor and train.precision. Kinds of task, for models
+    that `mlm finetune` made: classification, regression, token_classification, question_answering, multiple_choice,
+    embedding.
 
     \b
     Examples:
@@ -75,16 +80,21 @@ def evaluate(
       mlm evaluate runs/gpt --task perplexity --data data/valid parallel.tensor=2 --nproc 2
       mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
       mlm evaluate runs/squad --task question_answering --data dev-v1.1.json -o results/squad
+      mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """
     begin(quiet=quiet, verbose=verbose)
     words, overrides = split_arguments(model_or_key, keys)
-    files = [*(data or ()), *words[1:]]
+    files = [*(data or ()), *([] if ensemble else words[1:])]
+    if ensemble and len(words) < 2:
+        raise UsageError(
+            "an ensemble has two or more models", hint="mlm evaluate --ensemble A B --task NAME --data FILE"
+        )
     asked = overlay(tasks=task, data=files or None, stride=stride, micro_batch_size=batch_size, limit=limit)
     flags = overlay(seed=seed, output=output) | {f"evaluate.{key}": value for key, value in asked.items()}
     return run_request(
         "evaluate",
-        lambda resolved, ranks: _request(resolved, words, _task_keys(overrides), format),
+        lambda resolved, ranks: _request(resolved, words, _task_keys(overrides), format, ensemble),
         _job,
         spec=recipe,
         overrides=[text for text in overrides if not text.startswith("task.")],
@@ -102,13 +112,15 @@ def _job(request: EvaluateRequest) -> int | None:
     return job.run(request)
 
 
-def _request(recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str) -> EvaluateRequest:
+def _request(
+    recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str, ensemble: bool
+) -> EvaluateRequest:
     from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 
     model = words[0] if words else recipe.init_from
     if model is None:
         raise UsageError("no model given", hint="mlm evaluate MODEL --task NAME; MODEL is a run folder, for example")
-    for word in words[1:]:
+    for word in () if ensemble else words[1:]:
         if not Path(word).exists() and not list(Path(word).parent.glob(f"{Path(word).name}*.idx")):
             raise UsageError(
                 f"`{word}` is neither KEY=VALUE nor a file", hint="several tasks are given as `--task A --task B`"
@@ -132,6 +144,7 @@ def _request(recipe: Recipe, words: list[str], task_keys: dict[str, Any], format
         output=recipe.output,
         batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,
         format="json" if format == "json" else "text",
+        ensemble=tuple(words[1:]) if ensemble else (),
         task_keys=tuple({**from_recipe, **task_keys}.items()),
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )

@@ -74,7 +74,7 @@ def generate(
 ) -> int:
     """Continue prompts with a model.
 
-    MODEL is a run, checkpoint or Hugging Face folder, or a Hub name.
+    MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
     Without --prompt, --prompts or --interactive the prompt is read from standard input. With --format json each answer
     is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks.
 

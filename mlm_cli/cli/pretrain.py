@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from mlm_cli import log
 from mlm_cli.cli.app import begin
 from mlm_cli.cli.flags import (
     DryRunFlag,
+    Format,
     FormatFlag,
     HostfileFlag,
     KeysArgument,
@@ -17,11 +22,21 @@ from mlm_cli.cli.flags import (
     RecipeFlag,
     SeedFlag,
     VerboseFlag,
+    split_recipe,
 )
+from mlm_cli.cli.output import emit, emit_json
 from mlm_cli.cli.training import train
+from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.schema import Recipe
+
+VerifyFlag = Annotated[
+    bool, typer.Option("--verify", help="Of a run folder: does resuming give its newest checkpoint again, bit for bit?")
+]
+ReplayFlag = Annotated[
+    int | None, typer.Option("--replay", min=1, metavar="STEP", help="Of a run folder: take this step again, and tell.")
+]
 
 
 def pretrain(
@@ -36,6 +51,8 @@ def pretrain(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
     seed: SeedFlag = None,
+    verify: VerifyFlag = False,
+    replay: ReplayFlag = None,
 ) -> int:
     """Train a language model from scratch, or resume a run.
 
@@ -48,8 +65,18 @@ def pretrain(
       mlm pretrain gpt/355m tokenizer=tok data.path=data/wiki --nproc 8
       mlm pretrain my.yaml parallel.tensor=2 train.precision=fp32 --nproc 2 --dry-run
       torchrun --nproc-per-node 8 -m mlm_cli pretrain my.yaml
+      mlm pretrain runs/first --verify
+      mlm pretrain runs/first --replay 120
     """
     begin(quiet=quiet, verbose=verbose)
+    if verify or replay is not None:
+        if verify and replay is not None:
+            raise UsageError("`--verify` and `--replay` are both given", hint="one at a time")
+        for flag, given in (("--output", output), ("--hostfile", hostfile), ("--dry-run", dry_run), ("--seed", seed)):
+            if given:
+                what = "--verify" if verify else "--replay"
+                raise UsageError(f"`{what}` starts nothing new, so `{flag}` has no meaning", hint=f"leave out `{flag}`")
+        return _replay(recipe_or_key, keys, recipe, nproc, replay, format)
     return train(
         "pretrain",
         _job,
@@ -69,3 +96,36 @@ def _job(recipe: Recipe) -> int | None:
     from mlm_cli.jobs import pretrain as job
 
     return job.run(recipe)
+
+
+def _replay(
+    first: str | None, rest: list[str] | None, recipe: str | None, nproc: int | None, step: int | None, format: Format
+) -> int:
+    """Take steps of a run again and compare; the run folder stays as it is."""
+    from mlm_cli.config.requests import ReplayRequest
+    from mlm_cli.config.resolve import resolve_recipe
+    from mlm_cli.launch.start import find_ranks, run
+
+    spec, overrides = split_recipe(first, rest, recipe, verb="pretrain")
+    if not Path(spec, "recipe.yaml").is_file():
+        raise UsageError(
+            f"`{spec}` is no run folder: it holds no recipe.yaml",
+            hint="mlm pretrain runs/NAME --verify, or --replay STEP",
+        )
+    folder = str(Path(spec).expanduser().absolute())
+    ranks = find_ranks(nproc, None)
+    resolved = resolve_recipe(spec, overrides, overlay={"output": folder}, verb="pretrain", world_size=ranks.world_size)
+    request = ReplayRequest(folder, step)
+
+    def body() -> None:
+        from mlm_cli.jobs import replay as job
+
+        report, tells = job.run(resolved, request)
+        if tells:
+            emit_json(report.to_dict()) if format == "json" else emit(report.as_text())
+        if step is None:
+            job.check(report)
+            if tells:
+                log.info(f"verified: step {report.step} gives the same loss and the same state, bit for bit")
+
+    return run(ranks, body)

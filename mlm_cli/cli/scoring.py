@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlm_cli.cli.output import emit, emit_json
+from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.schema import Recipe
@@ -44,6 +45,11 @@ def run_request(
     if verb == "generate" and not tensor_given and spec is None:
         flags = {**flags, "parallel.tensor": ranks.world_size}
     recipe = resolve_recipe(spec, overrides, overlay=flags, verb=verb, world_size=ranks.world_size)
+    if recipe.parallel.pipeline > 1 and any(text.startswith("parallel.pipeline=") for text in overrides):
+        raise UsageError(
+            f"`mlm {verb}` has no pipeline stages",
+            hint="models of any layout are read at any tensor size: give parallel.tensor instead",
+        )
     request = make(recipe, ranks)
     if dry_run:
         _dry_run(verb, request, ranks, format)

@@ -33,6 +33,13 @@ LowercaseFlag = Annotated[bool, typer.Option("--lowercase", help="Lower-case all
 MinFrequencyFlag = Annotated[
     int, typer.Option("--min-frequency", min=1, metavar="N", help="bpe, wordpiece: pairs seen less are not merged.")
 ]
+SpecialTokensFlag = Annotated[
+    Literal["gpt", "bert", "t5"] | None,
+    typer.Option("--special-tokens", help="Whose to reserve. [bpe: gpt, wordpiece: bert, unigram: t5]"),
+]
+ByteFallbackFlag = Annotated[
+    bool, typer.Option("--byte-fallback", help="unigram: spell characters without a token in bytes.")
+]
 MaxTrainFlag = Annotated[
     float | None, typer.Option("--max-train-mb", metavar="MB", help="Learn from the first MB of text only.")
 ]
@@ -51,6 +58,8 @@ def train(
     max_line_mb: MaxLineFlag = None,
     lowercase: LowercaseFlag = False,
     min_frequency: MinFrequencyFlag = 2,
+    special_tokens: SpecialTokensFlag = None,
+    byte_fallback: ByteFallbackFlag = False,
     max_train_mb: MaxTrainFlag = None,
     overwrite: OverwriteFlag = False,
     format: FormatFlag = "text",
@@ -85,6 +94,8 @@ def train(
         vocab_size=vocab_size,
         lowercase=lowercase,
         min_frequency=min_frequency,
+        special_tokens=special_tokens,
+        byte_fallback=byte_fallback,
         overwrite=overwrite,
         **given,
     )

@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
-from mlm_cli.config.schema import DataSection, Recipe
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, hub_layout, num_query_groups, padded_vocab_size
+from mlm_cli.config.schema import DataSection, ModelSection, Recipe
+from mlm_cli.config.shapes import (
+    ffn_hidden_size,
+    head_dim,
+    hub_layout,
+    is_sparse,
+    num_query_groups,
+    padded_vocab_size,
+)
 from mlm_cli.config.tasks import check_task
 from mlm_cli.errors import UsageError
 
@@ -32,6 +39,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _rollback(recipe)
         found += _time_limit(recipe)
         found += _engine(recipe)
+        found += _context(recipe, verb)
         found += _keep_best(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
@@ -62,6 +70,7 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
             f"rotary positions need an even head size; it is {head_dim(model)}",
             "choose another number of heads, or `model.position=learned`",
         )
+    yield from _attention(recipe.model)
     if heads % groups:
         yield Mistake(
             ("model.num_query_groups", "model.num_attention_heads"),
@@ -73,6 +82,9 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
         ("model.num_query_groups", groups),
         ("model.ffn_hidden_size", ffn_hidden_size(model)),
     ]
+    if model.experts is not None:
+        sliced.append(("model.experts.num_experts", model.experts.num_experts))
+        yield from _experts(model)
     for key, size in sliced:
         if size % tensor and (key != "model.num_query_groups" or groups != heads):
             yield Mistake(
@@ -95,6 +107,44 @@ def _shapes(recipe: Recipe) -> Iterator[Mistake]:
     except UsageError as error:
         keys = ("model.position", "model.norm", "model.activation", "model.num_query_groups", "model.head_dim")
         yield Mistake(keys, error.message, error.hint)
+
+
+def _attention(model: ModelSection) -> Iterator[Mistake]:
+    sparse = model.attention
+    if is_sparse(model) and sparse.kernel == "auto" and model.attention_dropout > 0:
+        yield Mistake(
+            ("model.attention_dropout", "model.attention.pattern"),
+            f"`model.attention.pattern` {sparse.pattern} has no dropout of its probabilities",
+            "use `model.attention_dropout=0`",
+        )
+    if sparse.pattern in ("strided", "fixed") and sparse.window % sparse.block:
+        yield Mistake(
+            ("model.attention.window", "model.attention.block"),
+            f"`model.attention.window` {sparse.window} is not a multiple of `model.attention.block` {sparse.block},"
+            f" which {sparse.pattern} needs",
+            f"use `model.attention.window={max(1, sparse.window // sparse.block) * sparse.block}`",
+        )
+    if model.rotary_scaling is not None and model.position != "rotary":
+        yield Mistake(
+            ("model.rotary_scaling", "model.position"),
+            f"`model.rotary_scaling` scales rotary positions, and `model.position` is {model.position}",
+            "use `model.rotary_scaling=null`",
+        )
+
+
+def _experts(model: ModelSection) -> Iterator[Mistake]:
+    if model.family != "gpt":
+        yield Mistake(
+            ("model.experts", "model.family"),
+            f"`model.experts` are for decoders (`model.family` gpt), not for {model.family}",
+            "use `model.experts=null`",
+        )
+    elif model.experts is not None and model.experts.every > model.num_layers:
+        yield Mistake(
+            ("model.experts.every", "model.num_layers"),
+            f"`model.experts.every` {model.experts.every} gives none of the {model.num_layers} layers experts",
+            f"use `model.experts.every={min(2, model.num_layers)}`",
+        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
@@ -247,6 +297,7 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
             f"`model.seq_length` {recipe.model.seq_length} is not a multiple of `parallel.tensor` {parallel.tensor}",
             "use `parallel.sequence=false`",
         )
+    yield from _offload(recipe)
     if train.compile and parallel.zero == 3:
         yield Mistake(
             ("train.compile", "parallel.zero"),
@@ -255,18 +306,77 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
         )
 
 
+def _offload(recipe: Recipe) -> Iterator[Mistake]:
+    parallel, keys = recipe.parallel, ("parallel.offload", "parallel.zero", "train.engine")
+    if parallel.offload == "nvme":
+        yield Mistake(
+            keys[:1],
+            "`parallel.offload` nvme: a checkpoint could not be read back into state that lies on a disk",
+            "use `parallel.offload=cpu`, with `parallel.zero=3` over more ranks where memory is short",
+        )
+    elif parallel.offload == "cpu" and (parallel.zero != 3 or recipe.train.engine == "plain"):
+        yield Mistake(
+            keys,
+            "`parallel.offload` goes with `parallel.zero` 3 alone: at 1 and 2 DeepSpeed would add gradients up "
+            "in half precision",
+            "use `parallel.zero=3` and `train.engine=auto`, or `parallel.offload=none`",
+        )
+    elif parallel.offload == "cpu" and recipe.task is not None:
+        yield Mistake(keys[:1], "`parallel.offload` is for pretraining alone", "use `parallel.offload=none`")
+
+
+def _context(recipe: Recipe, verb: str) -> Iterator[Mistake]:
+    """Tokens of a sample shared out over ranks, heads dealt to them in attention."""
+    model, parallel = recipe.model, recipe.parallel
+    if parallel.context == 1:
+        return
+    if verb == "finetune" or model.family != "gpt":
+        what = "fine-tuning, whose texts differ in length" if verb == "finetune" else f"`model.family` {model.family}"
+        yield Mistake(
+            ("parallel.context", "model.family"),
+            f"`parallel.context` is for pretraining gpt, not for {what}",
+            "use `parallel.context=1`",
+        )
+        return
+    if model.experts is not None:
+        yield Mistake(
+            ("parallel.context", "model.experts"),
+            "experts count the tokens of whole samples, and `parallel.context` shares these out",
+            "use `parallel.context=1`",
+        )
+    shares = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if model.seq_length % shares:
+        yield Mistake(
+            ("parallel.context", "model.seq_length"),
+            f"`model.seq_length` {model.seq_length} cannot be shared out over {shares} ranks",
+            f"use `model.seq_length={model.seq_length // shares * shares or shares}`, or `parallel.context=1`",
+        )
+    dealt = parallel.tensor * parallel.context
+    groups = num_query_groups(model)
+    for key, size in (("model.num_attention_heads", model.num_attention_heads), ("model.num_query_groups", groups)):
+        if size % dealt and (key != "model.num_query_groups" or groups != model.num_attention_heads):
+            fits = max(c for c in range(1, parallel.context) if size % (parallel.tensor * c) == 0 or c == 1)
+            yield Mistake(
+                ("parallel.context", key, "parallel.tensor"),
+                f"`{key}` {size} cannot be dealt to `parallel.tensor` {parallel.tensor} x `parallel.context` "
+                f"{parallel.context} = {dealt} ranks: in attention each holds all tokens of some heads",
+                f"use `parallel.context={fits}`, or a multiple of {dealt} heads",
+            )
+
+
 def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
     model_size = model_parallel_size(recipe)
-    keys = ("parallel.tensor", "parallel.pipeline")
+    keys = ("parallel.tensor", "parallel.pipeline", "parallel.context")
     if world_size % model_size:
         if world_size < model_size:
-            stages = f" x `parallel.pipeline` {recipe.parallel.pipeline}" if recipe.parallel.pipeline > 1 else ""
-            sizes = f"`parallel.tensor` {recipe.parallel.tensor}{stages}"
+            more = [axis for axis in ("pipeline", "context") if getattr(recipe.parallel, axis) > 1]
+            sizes = " x ".join(f"`parallel.{axis}` {getattr(recipe.parallel, axis)}" for axis in ("tensor", *more))
             message = f"{sizes} needs {model_size} ranks, and there is {world_size}"
-            smaller = "`parallel.tensor=1` and `parallel.pipeline=1`" if stages else f"`parallel.tensor={world_size}`"
+            smaller = " and ".join(f"`parallel.{axis}=1`" for axis in ("tensor", *more))
+            smaller = smaller if more else f"`parallel.tensor={world_size}`"
             hint = f"add `--nproc {model_size}`, or use {smaller}"
         else:
-            message = f"{world_size} ranks are not a multiple of the {model_size} that hold one model"
+            message = f"{world_size} ranks are not a multiple of the {model_size} that work on one sample"
             fits = world_size // model_size * model_size
             hint = f"use `--nproc {fits}` or `--nproc {fits + model_size}`"
         yield Mistake(keys, message, hint)
@@ -282,10 +392,11 @@ def _layout(recipe: Recipe, verb: str, world_size: int) -> Iterator[Mistake]:
             f"use `train.global_batch_size={down}`, or another micro-batch size",
         )
     yield from _rampup(recipe, whole or micro * data, micro * data)
-    if recipe.train.engine == "plain" and data > 1:
+    copies = data * recipe.parallel.context
+    if recipe.train.engine == "plain" and copies > 1:
         yield Mistake(
             ("train.engine",),
-            f"`train.engine` plain does not average gradients, and there are {data} data ranks",
+            f"`train.engine` plain does not average gradients, and there are {copies} copies of the model",
             "use `train.engine=auto`",
         )
 

@@ -39,8 +39,8 @@ def samples_of(steps: int, whole: int, rampup: RampupSection | None) -> int:
 
 
 def model_parallel_size(recipe: Recipe) -> int:
-    """Ranks that hold one copy of the model."""
-    return recipe.parallel.tensor * recipe.parallel.pipeline
+    """Ranks that work on one sample: slices, stages, and shares of its tokens."""
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
 def batch_arithmetic(recipe: Recipe, world_size: int) -> Batch:

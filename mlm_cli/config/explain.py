@@ -42,8 +42,12 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     parts = [str(loc[0])]
     field = Recipe.model_fields.get(parts[0])
     section = section_of(field.annotation) if field else None
-    if section and len(loc) > 1:
-        parts.append(str(loc[1]))
+    for part in loc[1:]:
+        if section is None:
+            break
+        parts.append(str(part))
+        inner = section.model_fields.get(str(part))
+        section = section_of(inner.annotation) if inner else None
     return ".".join(parts)
 
 
@@ -51,11 +55,12 @@ def _mistake(key: str, details: list[ErrorDetails], values: dict[str, Any]) -> M
     # Of a union's branches, the one that went furthest into the value is the one that was meant.
     detail = max(details, key=lambda item: len(item["loc"]))
     kind = detail["type"]
-    if kind == "extra_forbidden" and len(detail["loc"]) <= 2:
+    own = len(detail["loc"]) <= key.count(".") + 1  # else it is about something inside the key's value
+    if kind == "extra_forbidden" and own:
         near = suggest(key)
         hint = f"did you mean `{near}`?" if near else "`mlm recipe schema` lists every key"
         return Mistake((key,), f"`{key}` is not a recipe key", hint)
-    if kind == "missing" and len(detail["loc"]) <= 2:
+    if kind == "missing" and own:
         return Mistake((key,), f"`{key}` is missing", f"add `{key}=...` or the line to the recipe")
     inner = "".join(f"[{part}]" if isinstance(part, int) else "" for part in detail["loc"])
     got = _short(detail["input"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,6 +15,9 @@ from mlm_cli.config.schema import Recipe
 # are made absolute only if something by that name is there.
 PATH_KEYS = ("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data")
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
+
+# Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.
+OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling", "experts")
 
 # What the same thing is called elsewhere: Megatron-LM, transformers, DeepSpeed, litgpt.
 _FOREIGN = {
@@ -54,6 +58,14 @@ _FOREIGN = {
 }
 
 
+def written_out(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Recipe values with `model.attention: KERNEL` as the section it stands for: merging keeps its other keys."""
+    model = values.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("attention"), str):
+        return {**values, "model": {**model, "attention": {"kernel": model["attention"]}}}
+    return values
+
+
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class inside a field's annotation, if it is one."""
     for candidate in (annotation, *get_args(annotation)):
@@ -68,8 +80,18 @@ def all_keys() -> tuple[str, ...]:
     keys: list[str] = []
     for name, field in Recipe.model_fields.items():
         section = section_of(field.annotation)
-        keys += [f"{name}.{inner}" for inner in section.model_fields] if section else [name]
+        keys += [f"{name}.{inner}" for inner in _inner_keys(section)] if section else [name]
     return tuple(keys)
+
+
+def _inner_keys(section: type[BaseModel]) -> list[str]:
+    """Keys of a section as a recipe spells them, those of sections inside it with their own after a dot."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        keys.append(field.alias or name)
+        keys += [f"{name}.{deeper}" for deeper in _inner_keys(inner)] if inner else []
+    return keys
 
 
 def suggest(key: str) -> str | None:
@@ -79,7 +101,7 @@ def suggest(key: str) -> str | None:
         return _FOREIGN[last]
     inside = [known for known in all_keys() if known.rpartition(".")[0] == section]
     sections = [name for name, field in Recipe.model_fields.items() if section_of(field.annotation)]
-    same_name = [known for known in all_keys() if known.rpartition(".")[2] == last]
+    same_name = sorted((known for known in all_keys() if known.rpartition(".")[2] == last), key=lambda k: k.count("."))
     by_last = {known.rpartition(".")[2]: known for known in all_keys()}
     for candidates in (inside + (sections if not section else []), [*same_name, *all_keys()]):
         close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.75)
@@ -100,7 +122,21 @@ def describe_keys() -> list[str]:
             lines.append(_describe(name, field))
             continue
         lines.append(f"\n{name}:  # {(section.__doc__ or '').strip().partition(chr(10))[0]}")
-        lines += ["  " + _describe(inner, inner_field) for inner, inner_field in section.model_fields.items()]
+        lines += _describe_section(section, "  ")
+    return lines
+
+
+def _describe_section(section: type[BaseModel], indent: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            lines.append(indent + _describe(field.alias or name, field))
+            continue
+        unset = "" if field.default is not None else ", default None"
+        about = field.description or (inner.__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"{indent}{name}:{unset}  # {about}")
+        lines += _describe_section(inner, indent + "  ")
     return lines
 
 

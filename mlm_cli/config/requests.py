@@ -17,11 +17,25 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
+class ReplayRequest:
+    """Take a step of a run again, and compare.
+
+    Attributes:
+        run: the run folder; nothing in it is changed.
+        step: which step; None: the one that made the newest checkpoint, whose state is then compared too.
+    """
+
+    run: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """Score ``model`` on ``tasks``.
 
     Attributes:
-        model: run folder, checkpoint folder, Hugging Face folder or Hub name.
+        model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
+        ensemble: further models whose answers are averaged with those of ``model``.
         tasks: ``perplexity``, or kinds of task of ``config.tasks``.
         data: text files or prefixes of indexed data sets (perplexity), or the task's files.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
@@ -48,6 +62,7 @@ class EvaluateRequest:
     precision: Precision = "auto"
     tokenizer: str | None = None
     task_keys: tuple[tuple[str, Any], ...] = ()
+    ensemble: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ``config`` part of ``results.json``."""
@@ -59,7 +74,7 @@ class GenerateRequest:
     """Continue prompts with ``model``.
 
     Attributes:
-        model: run folder, checkpoint folder, Hugging Face folder or Hub name.
+        model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
         prompts: texts given as ``--prompt``; empty: read ``prompts_file``, standard input or the terminal.
         prompts_file: JSONL with ``prompt`` (or ``text``) and optionally ``id`` a line; ``-`` is standard input.
         interactive: talk on the terminal until end of input.

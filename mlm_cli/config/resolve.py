@@ -21,7 +21,7 @@ from mlm_cli.config import yaml_text
 from mlm_cli.config.builtin import find_recipe
 from mlm_cli.config.checks import check
 from mlm_cli.config.explain import explain
-from mlm_cli.config.keys import PATH_KEYS, PATH_OR_NAME_KEYS, section_of, suggest
+from mlm_cli.config.keys import OPTIONAL_SECTIONS, PATH_KEYS, PATH_OR_NAME_KEYS, section_of, suggest, written_out
 from mlm_cli.config.mistakes import Mistake, as_error
 from mlm_cli.config.schema import Recipe
 from mlm_cli.errors import ResourceError, UsageError
@@ -47,8 +47,12 @@ class Draft:
 
     def merge(self, values: Mapping[str, Any], origins: Mapping[Key, str]) -> None:
         """Lay ``values`` over what is there."""
-        _merge(self.values, values)
+        full = written_out(values)
+        _merge(self.values, full)
         self.origins.update(origins)
+        short = ("model", "attention")
+        if full is not values and short in origins:
+            self.origins[(*short, "kernel")] = origins[short]
 
 
 def resolve_recipe(
@@ -204,7 +208,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
                 into[key] = {}
             _merge(into[key], value)
         elif value is None and isinstance(into.get(key), dict):
-            into[key] = {} if key != "task" else None
+            into[key] = None if key in OPTIONAL_SECTIONS else {}
         else:
             into[key] = value
 

@@ -6,7 +6,7 @@ Sections are frozen and refuse unknown keys. Checks that need more than one key 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -17,6 +17,54 @@ class Section(BaseModel):
     """A group of recipe keys: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AttentionSection(Section):
+    """Which kernel computes self-attention, and which keys a query sees (patterns: `mlm_cli/ops/sparse_pattern.py`).
+
+    A plain string stands for the kernel: `attention: sdpa`.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    kernel: Literal["auto", "sdpa", "fused", "reference"] = Field(
+        default="auto", description="auto: the fastest; with a pattern the others compute every score, and hide"
+    )
+    pattern: Literal["dense", "local", "strided", "fixed", "longformer", "bigbird"] | None = Field(
+        default=None, description="unset: dense, or what `init_from` has"
+    )
+    block: int = Field(default=64, ge=1, description="tokens that strided and bigbird take together")
+    window: int = Field(default=512, ge=1, description="tokens: seen back (causal) or on both sides; stride; stretch")
+    global_tokens: int = Field(
+        default=64, ge=0, alias="global", description="longformer, bigbird: first tokens; fixed: last of each stretch"
+    )
+    random: int = Field(default=3, ge=0, description="bigbird: blocks drawn for each block of queries")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="bigbird: of the draw")
+
+
+class RotaryScalingSection(Section):
+    """Rotary positions for a context longer than the one they were trained on."""
+
+    type: Literal["linear", "ntk", "dynamic", "yarn"] = Field(
+        description="linear: positions / factor; ntk: a longer base; dynamic: ntk by the length of each text; yarn"
+    )
+    factor: float = Field(ge=1, description="how many times as long the context gets")
+    original_seq_length: int = Field(ge=1, description="context the model was trained on")
+    attention_factor: float | None = Field(default=None, gt=0, description="yarn; unset: 1 + 0.1 ln(factor)")
+    beta_fast: float = Field(default=32.0, gt=0, description="yarn: more turns than this are left as they are")
+    beta_slow: float = Field(default=1.0, gt=0, description="yarn: fewer turns than this are divided by factor")
+
+
+class ExpertsSection(Section):
+    """A mixture of experts in place of feed-forward layers."""
+
+    num_experts: int = Field(default=8, ge=2)
+    top_k: Literal[1, 2] = Field(default=1, description="experts a token goes to")
+    every: int = Field(default=1, ge=1, description="each n-th layer has experts, the others a plain feed-forward")
+    capacity_factor: float = Field(
+        default=1.25, gt=0, description="tokens an expert takes in training, as a multiple of an even share"
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="weight of the loss that keeps experts evenly busy")
 
 
 class ModelSection(Section):
@@ -44,6 +92,7 @@ class ModelSection(Section):
         default="learned", description="relative: a bias a head and distance (t5)"
     )
     rotary_base: float = Field(default=10000.0, gt=0)
+    rotary_scaling: RotaryScalingSection | None = Field(default=None, description="rotary beyond the trained context")
     relative_buckets: int = Field(default=32, ge=4, description="distances that relative positions tell apart")
     relative_max_distance: int = Field(default=128, ge=2, description="all longer distances share a bucket")
     num_token_types: int = Field(default=0, ge=0, description="bert: 2 tells sentence A from B; 0: no such embedding")
@@ -58,12 +107,20 @@ class ModelSection(Section):
     activation: Literal["gelu", "gelu_erf", "relu", "swiglu", "geglu"] = Field(
         default="gelu", description="gelu: the tanh form of GPT-2; swiglu and geglu are gated"
     )
+    experts: ExpertsSection | None = Field(
+        default=None, description="gpt: a mixture of experts; unset: every token meets every weight"
+    )
     bias: bool = Field(default=True, description="biases in linear layers")
     tie_embeddings: bool = True
     init_std: float = Field(default=0.02, gt=0)
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    attention: Literal["auto", "sdpa", "fused", "reference"] = "auto"
+    attention: AttentionSection = AttentionSection()
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _kernel(cls, value: Any) -> Any:
+        return {"kernel": value} if isinstance(value, str) else value
 
 
 class WeightedPrefix(Section):
@@ -132,11 +189,15 @@ class TrainSection(Section):
         default=None, ge=1, description="unset: micro_batch_size x data-parallel size"
     )
     rampup: RampupSection | None = Field(default=None, description="begin with smaller global batches; unset: do not")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the processor has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the processor has it; fp16 with dynamic loss scaling"
     )
+    initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: halved after gradients that overflow")
+    loss_scale_window: int = Field(default=1000, ge=1, description="fp16: steps without overflow that double the scale")
     clip_grad: float = Field(default=1.0, ge=0, description="0 switches clipping off")
-    recompute: Literal["none", "full"] = Field(default="none", description="activation checkpointing of each layer")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activation checkpointing of each layer; selective: of its attention scores alone"
+    )
     engine: Literal["auto", "deepspeed", "plain"] = Field(
         default="auto",
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
@@ -197,9 +258,19 @@ class ParallelSection(Section):
     sequence: bool = Field(
         default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="gpt: copies of the model that share out the tokens of each sample, for long ones; in attention"
+        " they share out the heads (DeepSpeed-Ulysses)",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="ZeRO: data ranks share the optimizer state (1), gradients too (2), and weights too (3)",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="cpu, with `zero` 3: weights, masters and moments live in the host's memory, where the update runs",
     )
 
 

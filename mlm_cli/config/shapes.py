@@ -25,6 +25,11 @@ def is_gated(model: ModelSection) -> bool:
     return model.activation in ("swiglu", "geglu")
 
 
+def has_experts(model: ModelSection, layer: int) -> bool:
+    """True where layer number ``layer`` (from 0) has a mixture of experts."""
+    return model.experts is not None and (layer + 1) % model.experts.every == 0
+
+
 def ffn_hidden_size(model: ModelSection) -> int:
     """Inner width of the feed-forward layer: 4h, or 8h/3 rounded up to 64 where gated (same number of weights)."""
     if model.ffn_hidden_size is not None:
@@ -41,6 +46,25 @@ def output_init_std(model: ModelSection) -> float:
     return model.init_std / (2 * depth) ** 0.5 if depth else model.init_std
 
 
+def is_sparse(model: ModelSection) -> bool:
+    """True where a query of self-attention sees the keys of a pattern only."""
+    return model.attention.pattern not in (None, "dense")
+
+
+def attended_keys(model: ModelSection, seq_length: int) -> float:
+    """Keys whose scores a query costs, about; a causal half counts in full, as everywhere in the counts of work."""
+    sparse, s = model.attention, seq_length
+    stretches = max(1.0, s / sparse.window)
+    keys: dict[str | None, float] = {
+        "local": sparse.window,
+        "longformer": sparse.window + sparse.global_tokens,
+        "bigbird": sparse.window + sparse.global_tokens + sparse.random * sparse.block,
+        "strided": sparse.window + stretches * sparse.block,
+        "fixed": sparse.window + stretches * sparse.global_tokens,
+    }
+    return min(float(s), keys.get(sparse.pattern, float(s)))
+
+
 def padded_vocab_size(model: ModelSection) -> int:
     """Rows of the word embedding. Depends on the recipe alone, never on how many ranks there are."""
     assert model.vocab_size is not None, "vocab_size is set from the tokenizer before a model is built"
@@ -49,11 +73,13 @@ def padded_vocab_size(model: ModelSection) -> int:
 
 
 def hub_layout(model: ModelSection) -> str:
-    """The Hugging Face architecture that holds this model: its ``model_type``.
+    """The Hugging Face architecture that holds this model: its ``model_type``; ``mlm`` for what only we can read.
 
     Raises:
         UsageError: none can; checkpoints could not be written.
     """
+    if model.experts is not None:
+        return "mlm"
     rules = _HUB_RULES[model.family]
     broken = {name: [rule for rule, kept in wanted(model).items() if not kept] for name, wanted in rules.items()}
     for name, missed in broken.items():
@@ -128,6 +154,8 @@ def check_slices(model: ModelSection, tensor: int) -> None:
         "feed-forward width": ffn_hidden_size(model),
         "padded vocabulary": padded_vocab_size(model),
     }
+    if model.experts is not None:
+        sizes["experts"] = model.experts.num_experts
     for what, size in sizes.items():
         if size % tensor:
             fits = max(t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values()))

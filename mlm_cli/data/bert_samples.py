@@ -7,7 +7,7 @@ Megatron-LM's ``bert_dataset.py``. Which sentences a sample holds: ``sentence_ru
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class BertSamples(TokenStream):
         max_predictions: hidden tokens of the longest sample.
 
     Raises:
-        DataError: less than one sample, or pairs asked of data that were not split into sentences.
+        DataError: no text, or pairs asked of data that were not split into sentences.
         UsageError: a seq_length too short for a pair.
     """
 
@@ -86,13 +86,14 @@ class BertSamples(TokenStream):
             raise UsageError(
                 f"`model.seq_length` {seq_length} leaves BERT no text", hint="use `model.seq_length=8` or more"
             )
-        self.require(self.room + 1, f"one sample of seq_length {seq_length:,}", "model.seq_length")
+        shortest = 1 if binary_head == "none" else 2
+        self.require(shortest, "one sample")
         if binary_head != "none":
             self._check_pairs()
         self.runs = SentenceRuns(
             self,
             length=self.room,
-            shortest=1 if binary_head == "none" else 2,
+            shortest=shortest,
             seed=seed,
             stream=stream,
             eod_id=tokens.eod,
@@ -173,10 +174,10 @@ class BertSamples(TokenStream):
     def _shorter(self, run: Run, target: int, place: int) -> Run:
         """Sentences of a run from a drawn one on, until there are ``target`` tokens; at least two for a pair."""
         bounds = [run.begin, *run.sentences.tolist(), run.end]
-        first = place % max(1, len(bounds) - (1 if self.binary_head == "none" else 2))
-        last = min(len(bounds) - 1, bisect_left(bounds, bounds[first] + target))
-        if self.binary_head != "none":
-            last = max(last, min(first + 2, len(bounds) - 1))
+        enough = 1 if self.binary_head == "none" else 2
+        # drawn from those behind which there are enough tokens and sentences
+        first = place % max(1, min(bisect_right(bounds, run.end - target), len(bounds) - enough))
+        last = min(len(bounds) - 1, max(first + enough, bisect_left(bounds, bounds[first] + target)))
         return Run(run.document, bounds[first], bounds[last], run.sentences[first : last - 1])
 
     def _random_text(self, document: int, size: int, key: int) -> np.ndarray:

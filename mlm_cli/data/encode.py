@@ -31,12 +31,17 @@ class EncodeSettings:
 
 @dataclass
 class Encoded:
-    """Whole documents of one key: all ids, i32 tokens per sequence, i64 sequences per document."""
+    """Whole documents of one key: all ids, i32 tokens per sequence, i64 sequences per document.
+
+    ``characters`` of the text and ``text_tokens`` they gave, without end-of-document ids.
+    """
 
     tokens: Ids
     lengths: npt.NDArray[np.int32]
     sequences: npt.NDArray[np.int64]
     max_token: int
+    characters: int
+    text_tokens: int
 
 
 @dataclass
@@ -67,7 +72,10 @@ def encode_documents(documents: Sequence[Document], settings: EncodeSettings, en
         tokens, ends = encoder.encode_flat(documents, settings.dtype, settings.eod)  # type: ignore[arg-type]
         sizes = np.diff(ends, prepend=0).astype(np.int32)
         filled = sizes > 0
-        return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens))
+        ends_added = 0 if settings.eod is None else int(filled.sum())
+        characters = sum(map(len, documents))
+        text_tokens = len(tokens) - ends_added
+        return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens), characters, text_tokens)
     texts: list[str] = []
     counts: list[int] = []
     for document in documents:
@@ -77,10 +85,13 @@ def encode_documents(documents: Sequence[Document], settings: EncodeSettings, en
         counts.append(len(pieces))
         texts += pieces
     end = None if settings.eod is None else np.array([settings.eod], settings.dtype)
-    return _several_sequences(encoder.encode(texts, settings.dtype), counts, end, settings.dtype)
+    arrays = encoder.encode(texts, settings.dtype)
+    return _several_sequences(arrays, counts, end, settings.dtype, characters=sum(map(len, texts)))
 
 
-def _several_sequences(arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str) -> Encoded:
+def _several_sequences(
+    arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str, *, characters: int
+) -> Encoded:
     pieces: list[Ids] = []
     lengths: list[int] = []
     sequences: list[int] = []
@@ -95,7 +106,10 @@ def _several_sequences(arrays: list[Ids], counts: list[int], end: Ids | None, dt
             pieces.append(end)
             lengths[-1] += 1
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
-    return Encoded(tokens, np.array(lengths, np.int32), np.array(sequences, np.int64), _top(tokens))
+    text_tokens = sum(array.shape[0] for array in arrays)
+    return Encoded(
+        tokens, np.array(lengths, np.int32), np.array(sequences, np.int64), _top(tokens), characters, text_tokens
+    )
 
 
 def _top(tokens: Ids) -> int:

@@ -50,7 +50,7 @@ class Position:
 
 def fresh_counts() -> dict[str, int]:
     """Counts of the source being read, at its start."""
-    return {"documents": 0, "read": 0, "skipped": 0, "empty": 0}
+    return dict.fromkeys(("documents", "read", "skipped", "empty", "characters", "text_tokens"), 0)
 
 
 class _Log:

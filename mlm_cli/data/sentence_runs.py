@@ -36,7 +36,7 @@ _CUTS, _SHIFT_KEY = 3, 4  # what a derived key is for
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens [begin, end) of the ``.bin``, all of ``document``; ``sentences``: where sentences begin after ``begin``."""
+    """Tokens [begin, end) of the ``.bin``, all of ``document``; ``sentences``: where others begin between these."""
 
     document: int
     begin: int
@@ -121,7 +121,7 @@ class SentenceRuns:
         return Run(document, start, stop, self.sentences(document, start, stop))
 
     def _to_sentence(self, document: int, cut: int, following: int) -> int:
-        """Where the first sentence from ``cut`` on begins, if that leaves ``shortest`` to the next cut; else ``cut``."""
+        """Where the next sentence from ``cut`` on begins, if it leaves ``shortest`` to the next cut; else ``cut``."""
         dataset = self.tokens.dataset
         index, size = dataset.document_index, dataset.dtype.itemsize
         low, high = int(index[document]), int(index[document + 1])

@@ -4,6 +4,8 @@ A boundary lies after a sentence-final mark (with closing quotes and brackets be
 - for marks of scripts that write no space between sentences (。！？｡ and the like): right there;
 - for . ! ? … and marks of other spaced scripts: before white space, if what follows does not start with a small letter
   and the word before is neither an initial nor a common abbreviation.
+Thai and Lao write no marks at all, but spaces between sentences and longer clauses: there a space behind twenty letters
+without one is a boundary.
 A blank line always ends a sentence. Marks are those of Unicode's Sentence_Terminal property (UAX #29).
 """
 
@@ -14,9 +16,11 @@ import re
 _TIGHT = "。！？｡．︒﹒﹖﹗"  # written without a space behind
 _SPACED = ".!?…‼⁇⁈⁉։؟۔۝܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᰻᰼᱾᱿‽⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫"
 _CLOSING = "\"'”’»›)]}」』】〉》〕）］｝"
+_NO_MARKS = "[\u0e00-\u0eff]"  # Thai and Lao
 _BOUNDARY = re.compile(
     rf"(?P<tight>[{_TIGHT}]+[{re.escape(_CLOSING)}]*)\s*"
     rf"|(?P<spaced>[{re.escape(_SPACED)}]+[{re.escape(_CLOSING)}]*)(?:\s+|$)"
+    rf"|(?P<clause>(?<={_NO_MARKS}{{20}})\s+(?={_NO_MARKS}))"
     r"|(?P<blank>[^\S\n]*\n[^\S\n]*\n\s*)"
 )
 _LAST_WORD = re.compile(r"[^\s(\[{\"“‘'«]*$")

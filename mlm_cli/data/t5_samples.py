@@ -67,7 +67,7 @@ class T5Samples(TokenStream):
         self.samples_per_epoch = self.num_tokens // lengths.raw
 
     def get(self, number: int) -> Arrays:
-        """The ``number``-th sample over all epochs: int64 ``inputs`` [lengths.inputs], ``targets`` [lengths.targets]."""
+        """The ``number``-th sample over all epochs: ``inputs`` int64 [inputs], ``targets`` int64 [targets]."""
         epoch, place = sample_position(number, self.samples_per_epoch, self.seed, self.stream)
         first = epoch_shift(self.lengths.raw, self.seed, epoch, self.stream) + place * self.lengths.raw
         tokens = self.read(first, first + self.lengths.raw)

@@ -70,13 +70,13 @@ class TokenStream:
         self.start = first_token_of_document(dataset, self.documents.start)
         self.num_tokens = first_token_of_document(dataset, self.documents.stop) - self.start
 
-    def require(self, num_tokens: int, purpose: str, key: str) -> None:
-        """Raise DataError unless there are ``num_tokens``; ``key`` of the recipe would make ``purpose`` smaller."""
+    def require(self, num_tokens: int, purpose: str, key: str | None = None) -> None:
+        """Raise DataError unless there are ``num_tokens``; a smaller ``key`` of the recipe would need fewer."""
         if self.num_tokens < num_tokens:
             raise DataError(
                 f"{self.name} holds {self.num_tokens:,} tokens in {len(self.documents):,} documents; {purpose} needs "
                 f"{num_tokens:,}",
-                hint=f"give more text, a larger share in data.split, or a smaller {key}",
+                hint=f"give more text or a larger share in data.split{f', or a smaller {key}' if key else ''}",
             )
 
     def read(self, first: int, stop: int) -> np.ndarray:

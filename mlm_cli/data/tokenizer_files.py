@@ -259,6 +259,18 @@ def bert_template(vocab: dict[str, int]) -> dict[str, Any] | None:
     return {"type": "BertProcessing", "sep": ["[SEP]", vocab["[SEP]"]], "cls": ["[CLS]", vocab["[CLS]"]]}
 
 
+def end_template(token: str, number: int) -> dict[str, Any]:
+    """``A END`` and ``A END B END``, as T5 ends texts."""
+    end = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, end],
+        "pair": [first, end, second, end],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+
+
 def byte_characters() -> list[str]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2's ``bytes_to_unicode``)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -13,31 +13,55 @@ from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.data.tokenizer_files import (
     END_OF_TEXT,
     TokenizerFiles,
+    added_token,
     bert_normalizer,
     bert_template,
     byte_level,
+    end_template,
 )
 from mlm_cli.errors import DataError, UsageError
 
 KINDS = ("bpe", "wordpiece", "unigram")
+_SET_OF_KIND = {"bpe": "gpt", "wordpiece": "bert", "unigram": "t5"}
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BERT_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_T5_ROLES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+_NUM_SENTINELS = 100
+_NUM_BYTES = 256
+_NEVER = -1000.0  # score of pieces that text must not be cut into
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool = False, min_frequency: int = 2
+    texts: Iterable[str],
+    *,
+    kind: str,
+    vocab_size: int,
+    lowercase: bool = False,
+    min_frequency: int = 2,
+    special_tokens: str | None = None,
+    byte_fallback: bool = False,
 ) -> Tokenizer:
     """Train a tokenizer; memory grows with the number of different words, not with the text.
 
     Args:
-        kind: `bpe` (byte-level, as GPT-2: Radford et al. 2019; `<|endoftext|>` is id 0, every byte has a token),
-            `wordpiece` (BERT: Devlin et al. 2019), `unigram` (SentencePiece: Kudo 2018).
+        kind: `bpe` (byte-level, as GPT-2: Radford et al. 2019; every byte has a token), `wordpiece` (BERT: Devlin et
+            al. 2019), `unigram` (SentencePiece: Kudo 2018).
         vocab_size: special tokens included; the result may be smaller when the text gives fewer.
+        special_tokens: `gpt` (`<|endoftext|>`), `bert` (`[PAD] [UNK] [CLS] [SEP] [MASK]`) or `t5` (`<pad> </s> <unk>`
+            first, and the 100 sentinels `<extra_id_99>` ... `<extra_id_0>` last, as T5's). None: gpt for bpe, bert for
+            wordpiece, t5 for unigram.
+        byte_fallback: unigram: 256 tokens for the bytes of characters that have no token, so that no text is unknown.
 
     Raises:
-        UsageError: a vocabulary too small for the kind. DataError: no text.
+        UsageError: a vocabulary too small for what it has to hold; byte fallback of another kind. DataError: no text.
     """
-    smallest = 257 if kind == "bpe" else 32
+    chosen = special_tokens or _SET_OF_KIND[kind]
+    if byte_fallback and kind != "unigram":
+        why = "a bpe vocabulary holds every byte already" if kind == "bpe" else "WordPiece has no bytes"
+        raise UsageError(f"--byte-fallback is for --kind unigram: {why}", hint="leave it out")
+    extra = (_NUM_SENTINELS if chosen == "t5" else 0) + (_NUM_BYTES if byte_fallback else 0)
+    roles, names = _special(kind, chosen)
+    smallest = (_NUM_BYTES + len(names) if kind == "bpe" else 32) + extra
     if vocab_size < smallest:
         raise UsageError(
             f"a {kind} vocabulary of {vocab_size} is too small", hint=f"give --vocab-size {smallest} or more"
@@ -45,7 +69,7 @@ def train_tokenizer(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import tokenizers
 
-    start, trainer = _untrained(kind, vocab_size, lowercase, min_frequency)
+    start, trainer = _untrained(kind, vocab_size - extra, lowercase, min_frequency, names, roles.get("unk_token"))
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(start))
     seen = _Counter(texts)
     try:
@@ -59,13 +83,39 @@ def train_tokenizer(
     if not seen.characters:
         raise DataError("no text to train on")
     definition = json.loads(tokenizer.to_str())
-    special = {"eos_token": END_OF_TEXT}
-    if kind == "wordpiece":
-        special = dict(zip(_BERT_ROLES, _BERT_SPECIAL, strict=True))
-        definition["post_processor"] = bert_template(definition["model"]["vocab"])
-    if kind == "unigram":
-        special |= {"unk_token": "<unk>"}
-    return Tokenizer(TokenizerFiles(definition, special, kind), kind)
+    _add_bytes_and_sentinels(definition, byte_fallback=byte_fallback, sentinels=chosen == "t5")
+    files = TokenizerFiles(definition, roles, kind)
+    ids = {entry["content"]: entry["id"] for entry in definition["added_tokens"]}
+    if chosen == "bert":
+        definition["post_processor"] = bert_template(ids)
+    if chosen == "t5":
+        definition["post_processor"] = end_template("</s>", ids["</s>"])
+    return Tokenizer(files, kind)
+
+
+def _special(kind: str, chosen: str) -> tuple[dict[str, str], list[str]]:
+    """(named special tokens, all special tokens in the order of their ids)."""
+    if chosen == "bert":
+        return dict(zip(_BERT_ROLES, _BERT_SPECIAL, strict=True)), list(_BERT_SPECIAL)
+    if chosen == "t5":
+        return dict(_T5_ROLES), list(_T5_ROLES.values())
+    unknown = {"wordpiece": ["[UNK]"], "unigram": ["<unk>"]}.get(kind, [])
+    roles = {"eos_token": END_OF_TEXT} | ({"unk_token": unknown[0]} if unknown else {})
+    return roles, [*unknown, END_OF_TEXT]
+
+
+def _add_bytes_and_sentinels(definition: dict[str, Any], *, byte_fallback: bool, sentinels: bool) -> None:
+    """Append what is not learnt: byte pieces, then `<extra_id_99>` ... `<extra_id_0>`."""
+    model = definition["model"]
+    if byte_fallback:
+        model["vocab"] += [[f"<0x{byte:02X}>", _NEVER] for byte in range(_NUM_BYTES)]
+        model["byte_fallback"] = True
+        definition["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, definition["decoder"]]}
+    if sentinels:
+        first = len(model["vocab"])
+        for place in range(_NUM_SENTINELS):
+            name = f"<extra_id_{_NUM_SENTINELS - 1 - place}>"
+            definition["added_tokens"].append(added_token(name, first + place))
 
 
 class _Counter:
@@ -91,7 +141,9 @@ class _Counter:
         return text
 
 
-def _untrained(kind: str, vocab_size: int, lowercase: bool, min_frequency: int) -> tuple[dict[str, Any], Any]:
+def _untrained(
+    kind: str, vocab_size: int, lowercase: bool, min_frequency: int, special: list[str], unknown: str | None
+) -> tuple[dict[str, Any], Any]:
     """(definition without a vocabulary, trainer)."""
     from tokenizers import pre_tokenizers, trainers
 
@@ -102,7 +154,7 @@ def _untrained(kind: str, vocab_size: int, lowercase: bool, min_frequency: int) 
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         bpe = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=special,
             initial_alphabet=alphabet,
             min_frequency=min_frequency,
             show_progress=show,
@@ -112,7 +164,7 @@ def _untrained(kind: str, vocab_size: int, lowercase: bool, min_frequency: int) 
         return empty | parts | {"model": {"type": "BPE", "vocab": {}, "merges": []}}, bpe
     if kind == "wordpiece":
         pieces = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=list(_BERT_SPECIAL), min_frequency=min_frequency, show_progress=show
+            vocab_size=vocab_size, special_tokens=special, min_frequency=min_frequency, show_progress=show
         )
         parts = {
             "normalizer": bert_normalizer(lowercase=lowercase),
@@ -121,14 +173,14 @@ def _untrained(kind: str, vocab_size: int, lowercase: bool, min_frequency: int) 
         }
         model = {
             "type": "WordPiece",
-            "unk_token": "[UNK]",
+            "unk_token": unknown,
             "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
-            "vocab": {"[UNK]": 0},
+            "vocab": {unknown: 0},
         }
         return empty | parts | {"model": model}, pieces
     unigram = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=["<unk>", END_OF_TEXT], unk_token="<unk>", show_progress=show
+        vocab_size=vocab_size, special_tokens=special, unk_token=unknown, show_progress=show
     )
     steps: list[dict[str, Any]] = [{"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
     if lowercase:

@@ -59,8 +59,9 @@ def words_of(tokenizer: Tokenizer) -> Words:
             ends[number] = True
         elif content:
             continues[number] = _goes_on(content)
-            last = content.decode("utf-8", "ignore")[-1:]  # empty: bytes inside a character
-            ends[number] = bool(last) and bool(content.strip(b" ")) and not _is_word(last)
+            last = content[-4:].decode("utf-8", "ignore")[-1:]
+            whole = last != "" and content.endswith(last.encode())  # else it stops inside a character
+            ends[number] = whole and bool(content.strip(b" ")) and not _is_word(last)
     return Words(continues, ends)
 
 

@@ -67,6 +67,38 @@ def score_documents(
         UsageError: a stride outside [1, length].
         DataError: a token id outside the vocabulary, or nothing to score.
     """
+    return score_rows(
+        lambda tokens, labels: model.token_losses(tokens, labels)[None],
+        1,
+        model.parallel,
+        model.vocab_size,
+        documents,
+        length=length,
+        stride=stride,
+        prefix=prefix,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )[0]
+
+
+def score_rows(
+    losses_of: Callable[[Tensor, Tensor], Tensor],
+    num_rows: int,
+    parallel: ParallelContext,
+    vocab_size: int,
+    documents: Sequence[Document],
+    *,
+    length: int,
+    stride: int | None,
+    prefix: int | None,
+    batch_size: int,
+    on_batch: Callable[[int, int], None] | None,
+) -> list[Tally]:
+    """As ``score_documents``, for ``num_rows`` models at once: a tally each.
+
+    Args:
+        losses_of: ``tokens, labels [b, s]`` -> losses ``[num_rows, b, s]``.
+    """
     import torch
 
     stride = length if stride is None else stride
@@ -75,22 +107,22 @@ def score_documents(
     head = [] if prefix is None else [prefix]
     texts = [np.concatenate([np.array(head, dtype=np.int64), document.ids]) for document in documents]
     largest = max((int(text.max()) for text in texts if len(text)), default=0)
-    if largest >= model.vocab_size:
-        raise DataError(f"token id {largest} is not in the model's vocabulary of {model.vocab_size:,}")
+    if largest >= vocab_size:
+        raise DataError(f"token id {largest} is not in the model's vocabulary of {vocab_size:,}")
     windows = [w for number, text in enumerate(texts) for w in plan_windows(number, len(text), length, stride)]
     if not windows:
         raise DataError("no token can be scored: every document is too short")
-    nll = torch.zeros(len(windows), dtype=torch.float64)
-    data, device = model.parallel.data, model.parallel.device
+    nll = torch.zeros(num_rows, len(windows), dtype=torch.float64)
+    data, device = parallel.data, parallel.device
     batches = list(batch_windows(texts, windows, batch_size=batch_size, length=length))[data.rank :: data.size]
     for done, batch in enumerate(batches, 1):
         tokens, labels = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels))
-        losses = model.token_losses(tokens, labels)
-        nll[batch.numbers] = torch.where(torch.from_numpy(batch.scored), losses.cpu().double(), 0.0).sum(1)
+        losses = losses_of(tokens, labels)
+        nll[:, batch.numbers] = torch.where(torch.from_numpy(batch.scored), losses.cpu().double(), 0.0).sum(-1)
         if on_batch is not None:
             on_batch(done, len(batches))
     nll = data.all_reduce_(nll.to(device)).cpu()
-    return Tally(nll.numpy(), *_bookkeeping(windows))
+    return [Tally(row.numpy(), *_bookkeeping(windows)) for row in nll]
 
 
 def _bookkeeping(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlm_cli.tasks.batches import evaluation_batches
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.task import Scores, Task
 
-# model(batch) -> outputs: a TaskModel, one under an engine, or several whose outputs are averaged
+# model(batch) -> outputs: a TaskModel, or one under an engine
 Forward = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -45,15 +46,17 @@ class TaskEvaluator:
     def __call__(self, model: Any) -> dict[str, float]:
         was_training = model.training
         model.eval()
-        scores, loss = self.scores(model)
+        answers, loss = self.answers(model)
+        scores = self.task.score(answers, self.examples, seed=self.seed)
         model.train(was_training)
         return {**{f"dev_{name}": value for name, value in scores.metrics.items()}, "dev_loss": loss}
 
     @torch.no_grad()
-    def scores(self, model: Forward, on_batch: Callable[[int, int], None] | None = None) -> tuple[Scores, float]:
-        """(scores, mean loss) over all units; ``model`` is in evaluation mode. All ranks call.
+    def answers(self, model: Forward, on_batch: Callable[[int, int], None] | None = None) -> tuple[list[Any], float]:
+        """(what the model says of each example, mean loss over all units), equal on all ranks. All ranks call.
 
         Args:
+            model: in evaluation mode.
             on_batch: told (units done, units in all) of this rank.
         """
         device, data = self.parallel.device, self.parallel.data
@@ -75,8 +78,8 @@ class TaskEvaluator:
         predicted = _gather(predicted, data)
         summed, count = data.all_reduce_(total).tolist()
         ordered = [predicted[unit] for unit in range(len(self.features))]
-        scores = self.task.score(ordered, self.features, self.examples, seed=self.seed)
-        return scores, summed / count if count else float("nan")
+        answers = self.task.answers(ordered, self.features, self.examples)
+        return answers, summed / count if count else float("nan")
 
 
 def _gather(predicted: dict[int, Any], data: Group) -> dict[int, Any]:
@@ -91,10 +94,10 @@ def _gather(predicted: dict[int, Any], data: Group) -> dict[int, Any]:
 def task_result(
     task: Task, scores: Scores, loss: float, *, config: dict[str, object], num_samples: int, num_original: int
 ) -> TaskResult:
-    """The task's entry of ``results.json``."""
+    """The task's entry of ``results.json``; a loss that is not known (nan) is left out."""
     return TaskResult(
         name=task.name,
-        metrics={**scores.metrics, "loss": loss},
+        metrics=scores.metrics if math.isnan(loss) else {**scores.metrics, "loss": loss},
         stderr=scores.stderr,
         higher_is_better={**dict.fromkeys(scores.metrics, True), "loss": False},
         config={**config, **scores.facts},

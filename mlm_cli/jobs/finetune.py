@@ -33,6 +33,7 @@ from mlm_cli.jobs.training_parts import (
     build_numerics,
     build_schedule,
     free_settings,
+    kept_pattern,
     optimizer_settings,
     prepare_for_training,
     seed_everything,
@@ -102,6 +103,7 @@ def _with_model(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> Recipe:
     reads_first_token(section)  # a family with heads for tasks?
     check_vocabulary(section, tokenizer, str(source))
     given = {key: getattr(recipe.model, key) for key in FREE_MODEL_KEYS if key in recipe.model.model_fields_set}
+    given["attention"] = kept_pattern(recipe.model.attention, section.attention)
     section = section.model_copy(update=given)
     check_slices(section, recipe.parallel.tensor)
     return recipe.model_copy(update={"model": section})

@@ -19,6 +19,7 @@ from mlm_cli.errors import DataError, MlmError, UsageError
 
 _SAMPLED = 1 << 20
 _SHOWN_TOKENS = 96
+_SHOWN_SOURCES = 40
 
 
 def inspect(prefix: str, *, tokenizer: str | None = None, documents: int = 3) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def inspect(prefix: str, *, tokenizer: str | None = None, documents: int = 3) ->
             "sources": len(sidecar.sources),
             "skipped": sidecar.bad_lines.get("count", 0),
         }
+        report["characters_per_token"] = _characters_per_token(sidecar)
     known = _tokenizer_of(tokenizer, sidecar)
     report["first_documents"] = []
     for number in range(min(documents, dataset.num_documents)):
@@ -72,6 +74,24 @@ def _spread(lengths: Any) -> dict[str, float]:
         "max": int(top),
         "mean": float(lengths.mean()),
     }
+
+
+def _characters_per_token(sidecar: Sidecar) -> list[dict[str, Any]]:
+    """How well the tokenizer fits each input, worst first. Exact: counted when the text was read.
+
+    With an input a language this compares languages: a language cut into many tokens gets less text into a sample.
+    """
+    counted = [source for source in sidecar.sources if source.get("text_tokens")]
+    found = [
+        {
+            "source": source["path"],
+            "characters": source["characters"],
+            "tokens": source["text_tokens"],
+            "characters_per_token": round(source["characters"] / source["text_tokens"], 4),
+        }
+        for source in counted
+    ]
+    return sorted(found, key=lambda entry: entry["characters_per_token"])
 
 
 def _tokenizer_of(asked: str | None, sidecar: Sidecar | None) -> Tokenizer | None:
@@ -111,9 +131,16 @@ def inspection_text(report: dict[str, Any]) -> str:
             f"made with {side['tokenizer']} ({side['vocab_size']:,} tokens, {side['tokenizer_fingerprint'][:12]}) "
             f"from {side['sources']:,} inputs, {side['skipped']:,} lines skipped"
         )
+    if fits := report.get("characters_per_token"):
+        mean = sum(entry["characters"] for entry in fits) / sum(entry["tokens"] for entry in fits)
+        lines.append(f"characters per token: {mean:.2f}" + ("; by input, lowest first:" if len(fits) > 1 else ""))
+        shown = fits[:_SHOWN_SOURCES] if len(fits) > 1 else []
+        lines += [f"{entry['characters_per_token']:8.2f}  {entry['source']}" for entry in shown]
+        if len(fits) > len(shown) > 0:
+            lines.append(f"          ... and {len(fits) - len(shown):,} more (--format json lists all)")
     for number, document in enumerate(report["first_documents"]):
-        shown = repr(document["text"]) if document["text"] is not None else str(document["ids"])
-        lines.append(f"[{number}] {document['tokens']:,} tokens: {shown}")
+        content = repr(document["text"]) if document["text"] is not None else str(document["ids"])
+        lines.append(f"[{number}] {document['tokens']:,} tokens: {content}")
     return "\n".join(lines)
 
 

@@ -44,11 +44,15 @@ def commit(segment: Segment, result: SegmentResult, work: Plan, partial: Partial
     for count, number in counts.items():
         setattr(at, count, getattr(at, count) + number)
         at.here[count] += number
+    if "characters" in at.here:  # not where an unfinished run of an older version is continued inside an input
+        at.here["characters"] += sum(encoded.characters for encoded in result.encoded.values())
+        at.here["text_tokens"] += sum(encoded.text_tokens for encoded in result.encoded.values())
     at.line, at.resume = at.line + result.lines, segment.resume
     if segment.last:
         entry = {"path": absolute(source.path), "bytes": segment.consumed, "sha256": segment.sha256}
         entry |= {"lines": at.line, "documents": at.here["documents"], "skipped": at.here["skipped"]}
         entry |= {"empty_documents": at.here["empty"]}
+        entry |= {name: at.here[name] for name in ("characters", "text_tokens") if name in at.here}
         partial.sources.append(json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n")
         at.source, at.resume, at.line, at.here = at.source + 1, 0, 0, fresh_counts()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -13,18 +13,25 @@ from torch import Tensor
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, resolve_model, save_model_folder
+from mlm_cli.checkpoint.hub import (
+    check_vocabulary,
+    load_model_folder,
+    read_model_config,
+    resolve_model,
+    save_model_folder,
+)
 from mlm_cli.checkpoint.load import load_state
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
-from mlm_cli.config.schema import Recipe
-from mlm_cli.config.shapes import check_slices
+from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.config.shapes import check_slices, is_sparse
 from mlm_cli.data.loader import batches
 from mlm_cli.data.samples import SampleSource, open_training_data
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
+    CONTEXT_KEYS,
     FREE_MODEL_KEYS,
     build_monitor,
     build_numerics,
@@ -36,6 +43,7 @@ from mlm_cli.jobs.training_parts import (
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
+from mlm_cli.models.experts import routing_statistics
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
@@ -73,6 +81,7 @@ def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
         parallel = ParallelContext.create(
             tensor=recipe.parallel.tensor,
             pipeline=recipe.parallel.pipeline,
+            context=recipe.parallel.context,
             sequence=recipe.parallel.sequence,
             device=env.device,
         )
@@ -101,7 +110,9 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
     session.check_data(fingerprint)
 
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    model, engine, streams = _build_engine(session, batch, parallel, dtype)
+    model, engine, streams = _build_engine(
+        recipe, batch, parallel, dtype, fresh=session.found is None, config_file=session.run.ds_config
+    )
     position = Position(0, 0)
     if session.found is not None:
         position = load_state(session.found, engine, streams, parallel)
@@ -119,14 +130,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         background=recipe.checkpoint.background,
     )
     _check_space(checkpointer, recipe, position)
-    supply = batches(
-        train_source,
-        start_sample=position.consumed_samples,
-        micro_batch_size=batch.micro_batch_size,
-        data_rank=parallel.data.rank,
-        data_size=parallel.data.size,
-        num_workers=recipe.data.num_workers,
-    )
+    supply = _supply(recipe, train_source, position, batch, parallel)
     monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
     numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     _say_plan(recipe, batch, parallel, engine.name, dtype)
@@ -144,6 +148,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             monitor=monitor,
             stop=session.stop,
             numerics=numerics,
+            statistics=(lambda: routing_statistics(model, parallel)) if recipe.model.experts else None,
         )
     return _finish(session, position, received)
 
@@ -181,13 +186,20 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
 
 
 def _build_engine(
-    session: Session, batch: Batch, parallel: ParallelContext, dtype: torch.dtype
+    recipe: Recipe,
+    batch: Batch,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    *,
+    fresh: bool,
+    config_file: Path | None = None,
 ) -> tuple[Model, Engine, RandomStreams]:
-    recipe = session.recipe
+    """``fresh``: with initial weights; else a checkpoint will fill them in."""
     seed_everything(recipe.seed, parallel)
-    model, streams = _build_model(recipe, parallel, dtype, fresh=session.found is None)
+    model, streams = _build_model(recipe, parallel, dtype, fresh=fresh)
+    offload = recipe.parallel.offload == "cpu"
     engine = build_engine(
-        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel),
+        choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel, offload=offload),
         model,
         parallel,
         optimizer_settings(recipe),
@@ -195,9 +207,24 @@ def _build_engine(
         accumulation=batch.gradient_accumulation_steps,
         micro_batch_size=batch.micro_batch_size,
         zero=recipe.parallel.zero,
-        config_file=session.run.ds_config,
+        offload=offload,
+        config_file=config_file,
     )
     return model, engine, streams
+
+
+def _supply(
+    recipe: Recipe, source: SampleSource, position: Position, batch: Batch, parallel: ParallelContext
+) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of this data rank from ``position`` on; close it."""
+    return batches(
+        source,
+        start_sample=position.consumed_samples,
+        micro_batch_size=batch.micro_batch_size,
+        data_rank=parallel.data.rank,
+        data_size=parallel.data.size,
+        num_workers=recipe.data.num_workers,
+    )
 
 
 def _plan(recipe: Recipe, batch: Batch) -> Plan:
@@ -231,23 +258,34 @@ def _build_model(
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
-        changes = free_settings(recipe.model)
-        model, section = agree.all_succeed(
-            lambda: load_model_folder(resolve_model(init_from), parallel, changes=changes)
-        )
-        _check_same_shape(section, recipe, init_from)
+        model = agree.all_succeed(lambda: _start_from(init_from, recipe, parallel))
     else:
         model = build_model(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)
     return model.train(), prepare_for_training(model, recipe, parallel, dtype)
 
 
-def _check_same_shape(section: Any, recipe: Recipe, init_from: str) -> None:
+def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> Model:
+    """The weights of another run, for the context and the attention that this recipe asks for."""
+    folder = resolve_model(init_from)
+    _check_same_shape(read_model_config(folder)[0], recipe, init_from)
+    changes = free_settings(recipe.model) | {key: getattr(recipe.model, key) for key in CONTEXT_KEYS}
+    model, _ = load_model_folder(folder, parallel, changes=changes)
+    return model
+
+
+def _check_same_shape(section: ModelSection, recipe: Recipe, init_from: str) -> None:
     wanted, found = recipe.model.model_dump(), section.model_dump()
+    free = {*FREE_MODEL_KEYS, *CONTEXT_KEYS}
     differing = [
         f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"
         for key in wanted
-        if key not in FREE_MODEL_KEYS and None not in (wanted[key], found[key]) and wanted[key] != found[key]
+        if key not in free and None not in (wanted[key], found[key]) and wanted[key] != found[key]
     ]
+    # What the weights have learned to live with may be changed, but not by leaving it out.
+    if is_sparse(section) and recipe.model.attention.pattern is None:
+        differing.append(f"model.attention.pattern: {section.attention.pattern} there, not set in the recipe")
+    if section.rotary_scaling is not None and recipe.model.rotary_scaling is None:
+        differing.append(f"model.rotary_scaling: {section.rotary_scaling.type} there, not set in the recipe")
     if differing:
         raise UsageError(
             f"init_from {init_from} is another model:\n  " + "\n  ".join(differing),
@@ -290,8 +328,9 @@ def _build_validator(
 
 
 def _say_plan(recipe: Recipe, batch: Batch, parallel: ParallelContext, kind: str, dtype: torch.dtype) -> None:
-    label = "bf16" if dtype == torch.bfloat16 else "fp32"
-    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size} x data {parallel.data.size}"
+    label = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    context = f" x context {parallel.context.size}" if parallel.context.size > 1 else ""
+    layout = f"tensor {parallel.tensor.size} x pipeline {parallel.pipeline.size}{context} x data {parallel.data.size}"
     log.info(
         f"{count_parameters(recipe.model):,} parameters, {label}, {kind} engine, {layout}; "
         f"{batch.global_batch_size} x {recipe.model.seq_length:,} tokens a step "

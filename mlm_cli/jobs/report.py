@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,14 @@ def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
     """A curve in block characters, at most ``width`` of them, each the mean of its share of the values."""
     count = min(width, len(values))
     cuts = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [statistics.fmean(values[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    means = [statistics.fmean(values[a:b]) for a, b in pairwise(cuts)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
 
 
 def smoothed(values: Sequence[float], share: float) -> list[float]:
-    """Running mean that keeps ``share`` of the past, without a bias towards its start (Kingma and Ba 2015, section 3)."""
+    """Running mean that keeps ``share`` of the past, unbiased at its start (Kingma and Ba 2015, section 3)."""
     out, mean = [], 0.0
     for number, value in enumerate(values, 1):
         mean = share * mean + (1 - share) * value

@@ -42,6 +42,8 @@ class TrainRequest:
     min_frequency: int = 2
     max_train_mb: float | None = None
     overwrite: bool = False
+    special_tokens: str | None = None
+    byte_fallback: bool = False
 
 
 def train(request: TrainRequest) -> dict[str, Any]:
@@ -66,6 +68,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
                 vocab_size=request.vocab_size,
                 lowercase=request.lowercase,
                 min_frequency=request.min_frequency,
+                special_tokens=request.special_tokens,
+                byte_fallback=request.byte_fallback,
             )
         shutil.rmtree(building / "spool", ignore_errors=True)
         tokenizer.save(building)
@@ -167,6 +171,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
         "special": {
             role: {"token": token, "id": tokenizer.token_ids[token]} for role, token in tokenizer.special.items()
         },
+        "sentinels": len(tokenizer.sentinel_ids),
         "backend": backend,
         "backend_reason": reason,
         "sample": {
@@ -194,6 +199,7 @@ def description_text(report: dict[str, Any]) -> str:
             f"{role.removesuffix('_token')}: {entry['token']} (id {entry['id']})"
             for role, entry in report["special"].items()
         ),
+        *([f"sentinels: {report['sentinels']} (<extra_id_0> ...)"] if report["sentinels"] else []),
         f"backend: {report['backend']} ({report['backend_reason']})",
         f"sample: {sample['text']}",
         f"  {len(sample['ids'])} tokens: {' '.join(sample['tokens'])}",

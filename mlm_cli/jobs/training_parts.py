@@ -11,8 +11,9 @@ from mlm_cli import log
 from mlm_cli.checkpoint.load import find_newest, load_state
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
-from mlm_cli.config.schema import ModelSection, Recipe
+from mlm_cli.config.schema import AttentionSection, ModelSection, Recipe
 from mlm_cli.errors import RankLostError
+from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import Block
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.model import Model
@@ -29,6 +30,8 @@ from mlm_cli.training.watchdog import Watchdog, limit_waits
 _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
+# The length of the context: pretraining may go on at another one than the weights come from.
+CONTEXT_KEYS = ("seq_length", "rotary_scaling")
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:
@@ -43,10 +46,18 @@ def free_settings(model: ModelSection) -> dict[str, object]:
     return {key: getattr(model, key) for key in FREE_MODEL_KEYS}
 
 
+def kept_pattern(asked: AttentionSection, found: AttentionSection) -> AttentionSection:
+    """Attention of a model that is fine-tuned: its own pattern, unless the recipe names one; the recipe's kernel."""
+    return asked if asked.pattern is not None else found.model_copy(update={"kernel": asked.kernel})
+
+
 def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:
     """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
     model.dtype = dtype
     model.recompute = recipe.train.recompute == "full"
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.recompute = recipe.train.recompute == "selective"
     streams = RandomStreams(parallel, recipe.seed)
     model.set_streams(streams)
     if recipe.train.compile:
@@ -63,6 +74,8 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
         eps=section.eps,
         weight_decay=section.weight_decay,
         clip_grad=recipe.train.clip_grad,
+        loss_scale=recipe.train.initial_loss_scale,
+        loss_scale_window=recipe.train.loss_scale_window,
     )
 
 
@@ -78,6 +91,11 @@ def build_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def policy_of(recipe: Recipe) -> Policy:
+    section = recipe.train
+    return Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+
+
 def build_numerics(
     session: Session,
     engine: Engine,
@@ -87,8 +105,7 @@ def build_numerics(
     position: Position,
 ) -> Numerics:
     """The policy for bad losses. A run that may have to go back saves its beginning too."""
-    section = session.recipe.train
-    policy = Policy(section.on_bad_loss, section.spike_zscore, section.spike_window, section.max_bad_steps)
+    policy = policy_of(session.recipe)
 
     def rollback() -> Position:
         checkpointer.finish()

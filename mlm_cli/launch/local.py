@@ -162,7 +162,8 @@ def report(verdict: Verdict, log_folder: Path, exits: dict[int, Exit]) -> None:
         log.error(said.splitlines()[0].removeprefix("error: "), None)
     elif verdict.code == RANK_LOST:
         hint = f"its last words:\n{said}" if said else "`-v` shows more; its log is beside the others in `logs/`"
-        log.error(f"rank {culprit.rank} of {len(exits)} was lost after {culprit.time:.0f} s: {culprit.cause}", hint)
+        where = f"rank {culprit.rank} of {len(exits)} was lost on {socket.gethostname()}"
+        log.error(f"{where} after {culprit.time:.0f} s: {culprit.cause}", hint)
     elif culprit.rank > 0:
         log.error(f"rank {culprit.rank} {culprit.cause}" + (f":\n{said}" if said else ""), None)
 

@@ -55,11 +55,10 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
     half = recipe.train.precision != "fp32"
     pipeline = recipe.parallel.pipeline
     params = parameters_per_rank(model, tensor, pipeline)
-    shards, grad_shards, weight_shards = (
-        data_parallel_size if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3)
-    )
+    copies = data_parallel_size * recipe.parallel.context
+    shards, grad_shards, weight_shards = (copies if recipe.parallel.zero >= stage else 1 for stage in (1, 2, 3))
     width = 2 if half else 4
-    tokens = recipe.train.micro_batch_size * model.seq_length
+    tokens = recipe.train.micro_batch_size * model.seq_length // recipe.parallel.context
     outer = tensor if recipe.parallel.sequence else 1
     activations = _activations(model, tensor, outer, tokens, width, full_recompute=recipe.train.recompute == "full")
     if pipeline > 1:

@@ -22,6 +22,7 @@ class Plan:
     world_size: int
     tensor: int
     pipeline: int
+    context: int
     zero: int
     batch: Batch
     parameters: int
@@ -73,6 +74,7 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
         world_size=world_size,
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
+        context=recipe.parallel.context,
         zero=recipe.parallel.zero,
         batch=batch,
         parameters=count_parameters(model),
@@ -119,7 +121,9 @@ def as_text(plan: Plan) -> str:
     rows.append(
         (
             "ranks",
-            f"{plan.world_size} = tensor {plan.tensor} x pipeline {plan.pipeline} x data {batch.data_parallel_size}",
+            f"{plan.world_size} = tensor {plan.tensor} x pipeline {plan.pipeline}"
+            + (f" x context {plan.context}" if plan.context > 1 else "")
+            + f" x data {batch.data_parallel_size}",
         )
     )
     rows.append(

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import head_dim, num_query_groups, output_init_std
+from mlm_cli.errors import UsageError
 from mlm_cli.models.blocked_attention import attend_blocked, suits
 from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
+from mlm_cli.models.sparse import attend_sparse, masked, pattern_of
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mlm_cli.parallel.ulysses import collect_heads, deal_heads
 
 if TYPE_CHECKING:
     from mlm_cli.parallel.random import RandomStreams
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 class SelfAttention(nn.Module):
     """Multi-head attention, also with fewer key/value heads than query heads (Ainslie et al. 2023).
 
-    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads.
+    The rows of ``qkv`` are query | key | value, each cut over the tensor group by heads. Context ranks hold a part of
+    the tokens each, but in here all tokens of some of these heads: ``num_heads`` and ``num_groups``.
     """
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
@@ -35,9 +40,12 @@ class SelfAttention(nn.Module):
         group, dim = parallel.tensor, head_dim(model)
         query, key = model.num_attention_heads * dim, num_query_groups(model) * dim
         options = {"bias": model.bias, "sequence": parallel.sequence, "dtype": dtype, "device": parallel.device}
-        self.num_heads, self.num_groups, self.dim = query // dim // group.size, key // dim // group.size, dim
-        self.kind, self.dropout = model.attention, model.attention_dropout
+        self.context, shares = parallel.context, group.size * parallel.context.size
+        self.num_heads, self.num_groups, self.dim = query // dim // shares, key // dim // shares, dim
+        self.kind, self.dropout = model.attention.kernel, model.attention_dropout
+        self.pattern = pattern_of(model)
         self.streams: RandomStreams | None = None
+        self.recompute = False  # scores and probabilities are worked out again in the backward pass
         blocks = (query, key, key)
         self.qkv = ColumnParallelLinear(
             model.hidden_size, sum(blocks), group, blocks=blocks, init_std=model.init_std, **options
@@ -47,12 +55,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``; keys and values are added to ``cache`` where there is one."""
         rotated = self.num_heads + self.num_groups
-        heads = self.qkv(x).unflatten(-1, (rotated + self.num_groups, self.dim))
-        b, s = heads.shape[:2]  # all tokens, also where x holds a part of them
+        kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
+        heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self.kind == "auto" and not dropout and suits(heads):
+        if cache is None and self.pattern is None and self.kind == "auto" and not dropout and suits(heads):
             out = attend_blocked(heads, info.rotary, info.visible, self.num_heads, causal=info.causal)
-            return self.out(out.reshape(b, s, self.num_heads * self.dim))
+            return self.out(collect_heads(out, self.context).flatten(2))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
         else:
@@ -61,8 +69,40 @@ class SelfAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, n, s, d]
         if cache is not None:
             key, value = cache.append(key, value, info.offset)
-        out = self._attend(query, key, value, info, dropout)
-        return self.out(out.transpose(1, 2).reshape(b, s, self.num_heads * self.dim))
+        attend = self._attend_again if self.recompute and torch.is_grad_enabled() else self._attend
+        if self.pattern is None:
+            out = attend(query, key, value, info, dropout)
+        else:
+            found = self._attend_sparse(query, key, value, info, dropout, self.pattern, cached=cache is not None)
+            if found is None:
+                key, value, info = masked(query, key, value, info, self.pattern, cached=cache is not None)
+                found = attend(query, key, value, info, dropout)
+            out = found
+        return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
+
+    def _attend_again(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
+        """Selective recomputation (Korthikanti et al. 2022, section 5): most of the memory for little of the work.
+
+        What is not kept grows with the square of the sequence; query, key and value are.
+        """
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+        if dropout and self.streams is not None:
+            options["context_fn"] = self.streams.recompute_contexts
+        return checkpoint(self._attend, query, key, value, info, dropout, **options)
+
+    def _attend_sparse(
+        self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float,
+        pattern: ops.SparsePattern, *, cached: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """``_attend`` at the cost of the pattern; None where the kernel asked for takes the pattern as a mask."""
+        if self.kind != "auto":
+            return None
+        if dropout:
+            raise UsageError(
+                f"`model.attention.pattern: {pattern.kind}` has no dropout of its probabilities",
+                hint="use `model.attention_dropout=0`, or `model.attention.kernel=fused`, which costs as dense",
+            )
+        return attend_sparse(query, key, value, info, pattern, cached=cached)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float) -> Tensor:
         """``query [b, n, s, d]``, ``key, value [b, groups, keys, d]`` -> ``[b, n, s, d]``."""
@@ -110,7 +150,9 @@ def attend_reference(query: Tensor, key: Tensor, value: Tensor, info: SequenceIn
     visible = info.visible
     if visible is None and info.causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(info.offset)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
+    if visible is not None:  # a row that sees nothing is zero, as in the kernels
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     probs = torch.softmax(scores, -1)
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return (F.dropout(probs, dropout) @ value.float()).to(query.dtype)

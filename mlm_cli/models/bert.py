@@ -7,6 +7,7 @@ stand in order (sentence order, Lan et al. 2020).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -80,7 +81,7 @@ def bert_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torc
     return [
         LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
         *(
-            LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), costs[1 + i])
+            LayerSpec(f"layers.{i}", partial(Block, model, parallel, dtype, i), costs[1 + i])
             for i in range(model.num_layers)
         ),
         *([LayerSpec("final_norm", lambda: Norm(model, parallel, dtype))] if pre else []),

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, is_gated, output_init_std
+from mlm_cli.config.shapes import ffn_hidden_size, has_experts, is_gated, output_init_std
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.cache import LayerCache
+from mlm_cli.models.experts import Experts
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
@@ -89,18 +90,21 @@ class Block(nn.Module):
 
     Pre-norm (Radford et al. 2019; Megatron-LM, also for BERT): ``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``.
     Post-norm (Vaswani et al. 2017; the original BERT): ``norm1(x + attention(x))``, then ``norm2(x + mlp(x))``.
+
+    Args:
+        number: of the layer, from 0: some may have a mixture of experts.
     """
 
     gathers_children = True  # ZeRO-3: parameters are used by other ways than their module's forward
 
-    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, number: int = 0) -> None:
         super().__init__()
         self.hidden_dropout, self.post_norm = model.hidden_dropout, model.norm_order == "post"
         self.masks: Masks = nullcontext
         self.norm1 = Norm(model, parallel, dtype)
         self.attention = SelfAttention(model, parallel, dtype)
         self.norm2 = Norm(model, parallel, dtype)
-        self.mlp = MLP(model, parallel, dtype)
+        self.mlp: nn.Module = (Experts if has_experts(model, number) else MLP)(model, parallel, dtype)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """``x [b, s, h]`` -> ``[b, s, h]``."""

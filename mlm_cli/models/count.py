@@ -6,7 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_gated, num_query_groups, padded_vocab_size
+from mlm_cli.config.shapes import (
+    attended_keys,
+    ffn_hidden_size,
+    has_experts,
+    head_dim,
+    is_gated,
+    num_query_groups,
+    padded_vocab_size,
+)  # fmt: skip
 
 FLOPS_FORMULA = "Narayanan et al. 2021, eq. 3, without recomputation"
 MASKED_SHARE = 0.15  # of BERT's tokens go through the output layer
@@ -47,15 +55,21 @@ def norm_parameters(model: ModelSection) -> int:
     return 2 * model.hidden_size if model.norm == "layernorm" else model.hidden_size
 
 
-def _block_count(model: ModelSection, name: str) -> LayerCount:
-    """One transformer layer; biases of row-sliced products are held in full."""
+def _block_count(model: ModelSection, number: int) -> LayerCount:
+    """One transformer layer; biases of row-sliced products are held in full, and so is the router of experts."""
     h, f, bias = model.hidden_size, ffn_hidden_size(model), int(model.bias)
     query = model.num_attention_heads * head_dim(model)
     qkv = query + 2 * num_query_groups(model) * head_dim(model)
     up = 2 * f if is_gated(model) else f
-    sliced = Counter(attention=(h + bias) * qkv + query * h, mlp=(h + bias) * up + f * h)
+    attention, mlp = (h + bias) * qkv + query * h, (h + bias) * up + f * h
     whole = Counter(attention=bias * h, mlp=bias * h, norm=2 * norm_parameters(model))
-    return LayerCount(name, sliced, whole, cost=sliced.total())
+    name, cost = f"layers.{number}", attention + mlp
+    if has_experts(model, number):
+        assert model.experts is not None
+        cost = attention + model.experts.top_k * mlp  # work, not size
+        mlp = model.experts.num_experts * (mlp + bias * h)
+        whole["mlp"] = model.experts.num_experts * h
+    return LayerCount(name, Counter(attention=attention, mlp=mlp), whole, cost)
 
 
 def _gpt_counts(model: ModelSection) -> list[LayerCount]:
@@ -65,7 +79,7 @@ def _gpt_counts(model: ModelSection) -> list[LayerCount]:
     head = LayerCount("head", Counter(head=0 if tied else vocabulary), cost=vocabulary, tied=vocabulary if tied else 0)
     return [
         LayerCount("embedding", Counter(embedding=vocabulary), Counter(embedding=positions)),
-        *(_block_count(model, f"layers.{i}") for i in range(model.num_layers)),
+        *(_block_count(model, i) for i in range(model.num_layers)),
         LayerCount("final_norm", whole=Counter(norm=norm_parameters(model))),
         head,
     ]
@@ -89,7 +103,7 @@ def _bert_counts(model: ModelSection) -> list[LayerCount]:
     )
     return [
         LayerCount("embedding", Counter(embedding=vocabulary), embedding),
-        *(_block_count(model, f"layers.{i}") for i in range(model.num_layers)),
+        *(_block_count(model, i) for i in range(model.num_layers)),
         *([] if post else [LayerCount("final_norm", whole=Counter(norm=norm))]),
         head,
     ]
@@ -114,15 +128,21 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", eq. 3,
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
-    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half.
-    BERT's output layer counts for the masked tokens only, since only these go through it.
+    grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half;
+    where it is sparse, by the keys of its pattern.
+    BERT's output layer counts for the masked tokens only, since only these go through it; of experts, those that a
+    token goes to, and the router.
     """
     h, f, s = model.hidden_size, ffn_hidden_size(model), seq_length or model.seq_length
     query = model.num_attention_heads * head_dim(model)
     weights = h * (query + 2 * num_query_groups(model) * head_dim(model)) + query * h
-    weights += h * f * (3 if is_gated(model) else 2)
-    attention = 2 * s * query  # scores and their product with the values
+    mlp = h * f * (3 if is_gated(model) else 2)
+    attention = 2 * attended_keys(model, s) * query  # scores and their product with the values
     head: float = padded_vocab_size(model) * h
     if model.family == "bert":
         head = MASKED_SHARE * (head + h * h)
-    return 6.0 * (model.num_layers * (weights + attention) + head)
+    total = model.num_layers * (weights + mlp + attention) + head
+    if model.experts is not None:
+        extra = (model.experts.top_k - 1) * mlp + model.experts.num_experts * h
+        total += extra * sum(has_experts(model, layer) for layer in range(model.num_layers))
+    return 6.0 * total

@@ -25,7 +25,7 @@ class Embedding(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         options = {"init_std": model.init_std, "dtype": dtype, "device": parallel.device}
-        self.hidden_dropout = model.hidden_dropout
+        self.hidden_dropout, self.context = model.hidden_dropout, parallel.context
         self.masks: Masks = nullcontext
         sizes = (model.vocab_size, padded_vocab_size(model), model.hidden_size)
         self.word = VocabParallelEmbedding(*sizes, parallel.tensor, sequence=parallel.sequence, **options)
@@ -35,10 +35,11 @@ class Embedding(nn.Module):
         self.norm = Norm(model, parallel, dtype) if model.norm_order == "post" else None
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:
-        """``tokens [b, s]`` -> ``[b, s, h]``."""
+        """``tokens [b, s]`` -> ``[b, s, h]``, of this rank's tokens."""
+        tokens = own_tokens(tokens, self.context)
         x = self.word(tokens)
         if self.position is not None:
-            x = x + self.position(info.positions)
+            x = x + self.position(own_tokens(info.positions, self.context, -1))
         if self.token_type is not None:
             types = torch.zeros_like(tokens) if info.token_types is None else info.token_types
             x = x + self.token_type(types)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import padded_vocab_size
+from mlm_cli.config.shapes import is_sparse, padded_vocab_size
 from mlm_cli.models.block import Block, Norm
 from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.embedding import Embedding
@@ -18,7 +20,9 @@ from mlm_cli.models.stages import layer_costs
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
+from mlm_cli.parallel.sequence import own_tokens
 from mlm_cli.parallel.shard import Shard
+from mlm_cli.parallel.ulysses import sum_of_shares
 
 
 class Head(nn.Module):
@@ -46,7 +50,7 @@ def gpt_layer_specs(model: ModelSection, parallel: ParallelContext, dtype: torch
     return [
         LayerSpec("embedding", lambda: Embedding(model, parallel, dtype)),
         *(
-            LayerSpec(f"layers.{i}", lambda: Block(model, parallel, dtype), costs[1 + i])
+            LayerSpec(f"layers.{i}", partial(Block, model, parallel, dtype, i), costs[1 + i])
             for i in range(model.num_layers)
         ),
         LayerSpec("final_norm", lambda: Norm(model, parallel, dtype)),
@@ -88,7 +92,13 @@ class GPT(Model):
             cache: earlier tokens; these are added to it.
         """
         info = build_info(
-            tokens, positions=positions, segments=segments, cache=cache, table=self._rotary, dtype=self.dtype
+            tokens,
+            positions=positions,
+            segments=segments,
+            cache=cache,
+            table=self._rotary,
+            dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
         if cache is None:
             return self.run(tokens, info)
@@ -105,6 +115,7 @@ class GPT(Model):
             segments=batch.get("segments"),
             table=self._rotary,
             dtype=self.dtype,
+            sparse=is_sparse(self.config),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -133,18 +144,18 @@ class GPT(Model):
             hidden: ``[b, s, h]``.
             batch: ``labels [b, s]``; optional ``loss_mask [b, s]``.
         """
-        labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
+        labels, mask, context = batch["labels"], batch.get("loss_mask"), self.parallel.context
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.output_weight,
-            labels,
-            None if mask is None else mask.reshape(-1),
+            own_tokens(labels, context).reshape(-1),
+            None if mask is None else own_tokens(mask, context).reshape(-1),
             self.parallel.tensor,
             self.vocab_size,
             scale=1.0 / count.clamp(min=1.0),
         )
-        return loss, count
+        return sum_of_shares(loss, context), count
 
     @torch.no_grad()
     def token_losses(

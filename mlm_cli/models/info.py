@@ -24,6 +24,8 @@ class SequenceInfo:
             key on, or every key where not ``causal``.
         offset: keys in the cache before the first of these tokens.
         causal: no token sees a later one (``visible`` has that in it already).
+        segments: ``[b, s]`` document numbers that ``visible`` does not hold: sparse attention masks them itself.
+        start: ``[b]`` padding at the left of each row of the cache.
         token_types: ``[b, s]``, which sentence a token is of, for models that have an embedding of it.
     """
 
@@ -32,6 +34,8 @@ class SequenceInfo:
     visible: Tensor | None = None
     offset: int = 0
     causal: bool = True
+    segments: Tensor | None = None
+    start: Tensor | None = None
     token_types: Tensor | None = None
 
 
@@ -43,6 +47,7 @@ def build_info(
     cache: KVCache | None = None,
     table: RotaryTable | None = None,
     dtype: torch.dtype = torch.float32,
+    sparse: bool = False,
 ) -> SequenceInfo:
     """Shared facts of a pass over ``tokens [b, s]``.
 
@@ -52,6 +57,7 @@ def build_info(
         cache: keys and values of earlier tokens.
         table: rotary tables where the model is rotary.
         dtype: of the activations.
+        sparse: leave ``segments`` to attention, whose memory is then linear; no mask of all pairs is made.
     """
     length, device = tokens.shape[1], tokens.device
     offset = cache.length if cache is not None else 0
@@ -60,12 +66,13 @@ def build_info(
         positions = torch.arange(offset, offset + length, device=device)
         if cache is not None and cache.start is not None:
             positions = (positions - cache.start[:, None]).clamp_(min=0)
-    if segments is not None:
+    if segments is not None and not sparse:
         visible = document_mask(segments)
     elif cache is not None and (cache.start is not None or (offset and length > 1)):
         visible = cache_mask(length, offset, cache.start, device)
     rotary = table.at(positions, dtype) if table is not None else None
-    return SequenceInfo(positions, rotary, visible, offset)
+    start = cache.start if cache is not None else None
+    return SequenceInfo(positions, rotary, visible, offset, segments=segments if sparse else None, start=start)
 
 
 def document_mask(segments: Tensor) -> Tensor:

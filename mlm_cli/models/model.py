@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import head_dim
 from mlm_cli.models.embedding import TiedWords
 from mlm_cli.models.rotary import RotaryTable
 from mlm_cli.models.spec import LayerSpec
@@ -71,7 +70,7 @@ class Model(nn.Module):
                 setattr(self, container, nn.ModuleList() if number else None)
         if not head:
             self.head: Any = None
-        self._rotary = RotaryTable(head_dim(model), model.rotary_base) if model.position == "rotary" else None
+        self._rotary = RotaryTable.of(model)
 
     def _add(self, spec: LayerSpec) -> None:
         """Layers keep their numbers, so that parameters have the same names whatever part of the model this is."""
@@ -125,7 +124,7 @@ class Model(nn.Module):
     def boundary(self, batch: Batch) -> tuple[int, ...]:
         """Shape of what travels between two stages for ``batch``."""
         b, s = batch["tokens"].shape
-        return b, s // self.parallel.sequence.size, self.config.hidden_size
+        return b, s // (self.parallel.context.size * self.parallel.sequence.size), self.config.hidden_size
 
     def _recomputed(self, layer: nn.Module, x: Tensor, info: Any) -> Tensor:
         """Activation checkpointing (Chen et al. 2016): keep the layer's input only; dropout repeats itself."""

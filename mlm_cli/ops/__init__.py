@@ -15,26 +15,33 @@ from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
 from mlm_cli.ops.collective import serves_shared_all_reduce, shared_all_reduce_
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import DecodeStep, serves_decode_step
+from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
 from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax
+from mlm_cli.ops.sparse_attention import sparse_attention
+from mlm_cli.ops.sparse_pattern import SparsePattern
 
 __all__ = [
     "DecodeStep",
+    "SparsePattern",
     "adamw_",
     "bias_gelu",
     "bias_gelu_erf",
     "cross_entropy_grad_",
     "cross_entropy_stats",
+    "flex_sparse_attention",
     "layer_norm",
     "residual_norm",
     "rms_norm",
     "scaled_causal_softmax",
     "scaled_masked_softmax",
     "serves_decode_step",
+    "serves_flex",
     "serves_shared_all_reduce",
     "shared_all_reduce_",
+    "sparse_attention",
     "status",
     "swiglu",
 ]

@@ -21,6 +21,7 @@ OPERATORS = (
     "residual_norm",
     "scaled_masked_softmax",
     "scaled_causal_softmax",
+    "sparse_attention",
     "bias_gelu",
     "swiglu",
     "cross_entropy",
@@ -125,4 +126,6 @@ def status() -> list[dict[str, str]]:
     for row in rows:
         if row["name"] in CPU_ONLY and cuda_loaded:
             row.update(backend="cpu", reason=f"{cpu_reason}; cuda: {CPU_ONLY[row['name']]}")
+        if row["name"] == "sparse_attention":
+            row["reason"] += "; FlexAttention for whole passes on a GPU, else blocks round the softmax kernels"
     return rows

@@ -74,6 +74,14 @@ class Group:
         dist.reduce_scatter(own, parts, group=self.handle)
         return own
 
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Part ``r`` of ``tensor`` along its first dimension goes to rank ``r``; theirs come back in rank order."""
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
+        return received
+
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Overwrite ``tensor`` with that of group rank ``source``; returns it."""
         if self.size > 1:
@@ -114,10 +122,14 @@ SOLO = Group()
 class ParallelContext:
     """The groups of this rank: ``tensor`` slices of one layer, ``data`` copies of the model, ``pipeline`` stages of it.
 
+    ``context`` shares out the tokens of each sample over copies of the model (``parallel.ulysses``); ``data`` ranks
+    read different samples. Both together are the ``replicas``: they hold the same weights, average gradients and share
+    out the optimizer state.
+
     ``sequence`` shares out the tokens between sliced layers: it is the tensor group, or this rank alone.
 
-    Ranks are numbered with the tensor rank fastest, then data, then pipeline, as Megatron and DeepSpeed's
-    ``ProcessTopology`` (axes pipe, data, model) number them.
+    Ranks are numbered with the tensor rank fastest, then context, data, and pipeline, as Megatron numbers them, and
+    DeepSpeed's ``ProcessTopology`` (axes pipe, data, model) with replicas as its data axis.
     """
 
     world: Group = SOLO
@@ -125,6 +137,8 @@ class ParallelContext:
     data: Group = SOLO
     pipeline: Group = SOLO
     sequence: Group = SOLO
+    context: Group = SOLO
+    replicas: Group = SOLO
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
@@ -134,7 +148,12 @@ class ParallelContext:
 
     @staticmethod
     def create(
-        *, tensor: int = 1, pipeline: int = 1, sequence: bool = False, device: torch.device | str = "cpu"
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        sequence: bool = False,
+        device: torch.device | str = "cpu",
     ) -> ParallelContext:
         """Lay out the world that ``distributed.init`` joined; data-parallel size is what is left.
 
@@ -145,22 +164,29 @@ class ParallelContext:
         """
         joined = dist.is_available() and dist.is_initialized()
         size = dist.get_world_size() if joined else 1
-        if size % (tensor * pipeline):
+        together = tensor * pipeline * context
+        if size % together:
+            more = f" x parallel.context={context}" if context > 1 else ""
             raise UsageError(
-                f"{size} ranks cannot be laid out as parallel.tensor={tensor} x parallel.pipeline={pipeline}",
-                hint=f"use a multiple of {tensor * pipeline} ranks, or smaller parallel sizes",
+                f"{size} ranks cannot be laid out as parallel.tensor={tensor} x parallel.pipeline={pipeline}{more}",
+                hint=f"use a multiple of {together} ranks, or smaller parallel sizes",
             )
         if not joined:
             return ParallelContext.single(device)
-        # The grid of ranks, [pipeline, data, tensor]: a group is a line along one axis.
-        grid = torch.arange(size).view(pipeline, -1, tensor)
+        # The grid of ranks, [pipeline, data, context, tensor]: a group is a line along one axis, or along two.
+        grid = torch.arange(size).view(pipeline, -1, context, tensor)
         tensor_group = _make_groups(grid, shared=torch.device(device).type == "cpu")
+        data_group = _make_groups(grid.permute(0, 2, 3, 1))
+        alone = context == 1  # then the replicas are the data ranks, and no more groups are made
+        replicas = data_group if alone else _make_groups(grid.permute(0, 3, 1, 2).flatten(2))
         return ParallelContext(
             world=Group(dist.get_rank(), size, dist.group.WORLD, tuple(range(size))),
             tensor=tensor_group,
-            data=_make_groups(grid.transpose(1, 2)),
-            pipeline=_make_groups(grid.permute(1, 2, 0)),
+            data=data_group,
+            pipeline=_make_groups(grid.permute(1, 2, 3, 0)),
             sequence=tensor_group if sequence else SOLO,
+            context=SOLO if alone else _make_groups(grid.permute(0, 1, 3, 2)),
+            replicas=replicas,
             device=torch.device(device),
         )
 

@@ -10,7 +10,7 @@ _AXES = {
     "model_parallel": "tensor",
     "tensor_model_parallel": "tensor",
     "slice_parallel": "tensor",
-    "data_parallel": "data",
+    "data_parallel": "replicas",
     "pipeline_model_parallel": "pipeline",
     "pipe_parallel": "pipeline",
 }

@@ -55,11 +55,12 @@ class RandomStreams:
     """Two streams of dropout masks: torch's default generator (outside sliced regions) and one for inside them.
 
     Args:
-        seed: of the run. The default stream then depends on data and pipeline rank, the sliced one also on tensor rank.
+        seed: of the run. The default stream then depends on the rank among replicas (who see other tokens) and stages,
+            the sliced one also on the tensor rank.
     """
 
     def __init__(self, parallel: ParallelContext, seed: int) -> None:
-        place = (parallel.data.rank, parallel.pipeline.rank)
+        place = (parallel.replicas.rank, parallel.pipeline.rank)
         self.device = parallel.device
         torch.manual_seed(key_of(seed, "default", *place))
         self._sliced = torch.Generator(device=self.device)

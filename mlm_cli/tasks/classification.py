@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ class Classification(Task):
     """Cross entropy over the classes; accuracy and F1."""
 
     name: ClassVar[str] = "classification"
+    has_labels: ClassVar[bool] = True
 
     @staticmethod
     def architecture(model: ModelSection) -> str:
@@ -37,16 +38,14 @@ class Classification(Task):
 
     def features(self, examples: Sequence[Example], *, training: bool = False) -> Features:
         """Raises DataError at a label that is not among the task's, naming file and line."""
-        numbers = {name: number for number, name in enumerate(self.labels)}
         for example in examples:
-            if example.label not in numbers:
+            if example.label not in self.labels:
                 raise DataError(
                     f"{example.where}: label `{example.label}` is not one of "
                     f"{', '.join(f'`{name}`' for name in self.labels)}",
                     hint="name all labels in task.labels, or mend the file",
                 )
-        labels = np.array([numbers[example.label] for example in examples], dtype=np.int64)
-        return Features(rows_of(self, examples), self.encoder.pad_id, {"labels": labels})
+        return Features(rows_of(self, examples), self.encoder.pad_id, {"labels": self._truth(examples)})
 
     @property
     def head(self) -> HeadSpec:
@@ -55,15 +54,24 @@ class Classification(Task):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(outputs, batch["labels"]), torch.tensor(len(outputs))
 
-    def predict(self, outputs: Tensor, batch: Batch) -> list[int]:
-        found: list[int] = outputs.argmax(-1).tolist()
-        return found
+    def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
+        """Probabilities of the classes, float64 [labels]."""
+        return list(outputs.double().softmax(-1).cpu().numpy())
 
-    def score(
-        self, predictions: Sequence[int], features: Features, examples: Sequence[Example], *, seed: int
-    ) -> Scores:
+    def reordered(self, answers: Sequence[np.ndarray], order: Sequence[int]) -> list[np.ndarray]:
+        return [probabilities[list(order)] for probabilities in answers]
+
+    def _truth(self, examples: Sequence[Example]) -> np.ndarray:
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        return np.array([numbers[example.label] for example in examples], dtype=np.int64)
+
+    def loss_of(self, answers: Sequence[np.ndarray], examples: Sequence[Example]) -> float:
+        return negative_log(probabilities[label] for probabilities, label in zip(answers, self._truth(examples)))
+
+    def score(self, answers: Sequence[np.ndarray], examples: Sequence[Example], *, seed: int) -> Scores:
         """The error of F1 is by bootstrap, that of the accuracy exact."""
-        confusion = confusion_matrix(np.array(predictions), features.targets["labels"], len(self.labels))
+        predicted = np.array([probabilities.argmax() for probabilities in answers])
+        confusion = confusion_matrix(predicted, self._truth(examples), len(self.labels))
         most_common = int(confusion.sum(1).argmax())
         facts = {
             "labels": list(self.labels),
@@ -79,6 +87,12 @@ class Classification(Task):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "problem_type": "single_label_classification"}
+
+
+def negative_log(probabilities: Iterable[float]) -> float:
+    """Mean cross entropy, from the probabilities of what was right."""
+    right = np.maximum(np.fromiter(probabilities, dtype=np.float64), np.finfo(np.float64).tiny)
+    return float(-np.log(right).mean())
 
 
 def rows_of(task: Task, examples: Sequence[Example]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ class Embedding(Task):
         Raises:
             DataError: a score that is no number, or beyond ``task.max_score``; naming file and line.
         """
-        labels = np.array([number_of(example) / self.section.max_score for example in examples], dtype=np.float32)
+        labels = self._labels(examples).astype(np.float32)
         for example, label in zip(examples, labels, strict=True):
             if not -1.0 <= label <= 1.0:
                 raise DataError(
@@ -86,12 +86,15 @@ class Embedding(Task):
         found: list[float] = (outputs[0::2] * outputs[1::2]).sum(-1).tolist()
         return found
 
-    def score(
-        self, predictions: Sequence[float], features: Features, examples: Sequence[Example], *, seed: int
-    ) -> Scores:
-        metrics, errors = correlations(np.array(predictions), features.targets["labels"], seed=seed)
-        return Scores(metrics, errors, {"mean_cosine": float(np.mean(predictions))})
+    def score(self, answers: Sequence[float], examples: Sequence[Example], *, seed: int) -> Scores:
+        metrics, errors = correlations(np.array(answers), self._labels(examples), seed=seed)
+        return Scores(metrics, errors, {"mean_cosine": float(np.mean(answers))})
 
-    def average(self, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The models' vectors side by side, so that the cosine is the mean of theirs."""
-        return F.normalize(torch.cat(list(outputs), -1), dim=-1)
+    def loss_of(self, answers: Sequence[float], examples: Sequence[Example]) -> float:
+        """Of the cosine loss; a contrastive one is not in the cosines alone."""
+        if self.section.loss != "cosine":
+            return super().loss_of(answers, examples)
+        return float(np.mean((np.array(answers) - self._labels(examples)) ** 2))
+
+    def _labels(self, examples: Sequence[Example]) -> np.ndarray:
+        return np.array([number_of(example) / self.section.max_score for example in examples], dtype=np.float64)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.errors import DataError
 from mlm_cli.models.heads import HeadSpec, reads_first_token
+from mlm_cli.tasks.classification import negative_log
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.labelled_text import Example, columns_of, read_examples
 from mlm_cli.tasks.task import Batch, Scores, Task
@@ -60,24 +61,20 @@ class MultipleChoice(Task):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(_by_question(outputs, batch), batch["labels"]), torch.tensor(len(batch["labels"]))
 
-    def predict(self, outputs: Tensor, batch: Batch) -> list[int]:
-        found: list[int] = _by_question(outputs, batch).argmax(-1).tolist()
-        return found
+    def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
+        """Probabilities of each question's choices, float64 [choices]."""
+        shares = _by_question(outputs, batch).double().softmax(-1).cpu().numpy()
+        return [row[: int(count)] for row, count in zip(shares, (batch["members"] >= 0).sum(-1), strict=True)]
 
-    def score(
-        self, predictions: Sequence[int], features: Features, examples: Sequence[Example], *, seed: int
-    ) -> Scores:
-        right = np.array(predictions) == features.targets["labels"]
+    def score(self, answers: Sequence[np.ndarray], examples: Sequence[Example], *, seed: int) -> Scores:
+        right = np.array([a.argmax() == _right(example) for a, example in zip(answers, examples, strict=True)])
         accuracy, total = float(right.mean()), len(right)
         error = (accuracy * (1 - accuracy) / (total - 1)) ** 0.5 if total > 1 else None
         chance = float(np.mean([1 / len(example.choices) for example in examples]))
         return Scores({"accuracy": accuracy}, {"accuracy": error}, {"chance_baseline": {"accuracy": chance}})
 
-    def average(self, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Mean probabilities of a question's choices, as logarithms, a row each."""
-        places = batch["members"][batch["members"] >= 0]
-        mean = super().average([_by_question(scores, batch) for scores in outputs], batch)[batch["members"] >= 0]
-        return torch.empty_like(outputs[0]).index_copy_(0, places, mean[:, None])
+    def loss_of(self, answers: Sequence[np.ndarray], examples: Sequence[Example]) -> float:
+        return negative_log(shares[_right(example)] for shares, example in zip(answers, examples, strict=True))
 
     def config(self) -> dict[str, Any]:
         if self.encoder.marked:

@@ -8,8 +8,9 @@ its surroundings.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,9 +31,9 @@ _QUESTION, _BEGIN, _LENGTH, _FIRST, _LOW, _HIGH = range(6)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A span of a text that may be the answer. ``start``, ``end``: characters; ``score``: sum of two logits."""
+    """A span of a text that may be the answer: characters [start, end), and its share of the probability."""
 
-    score: float
+    share: float
     start: int
     end: int
 
@@ -106,7 +107,8 @@ class QuestionAnswering(Task):
         return HeadSpec("token", 2, dropout=False)
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        scores = _on_padding(outputs, batch, float("-inf"))
+        padding = torch.arange(outputs.shape[1], device=outputs.device) >= batch["lengths"][:, None]
+        scores = outputs.masked_fill(padding[..., None], float("-inf"))
         return F.cross_entropy(scores, batch["labels"]), torch.tensor(len(outputs))
 
     def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
@@ -129,25 +131,7 @@ class QuestionAnswering(Task):
         found = np.stack([start[starts[i]] + end[ends[j]], first + starts[i], first + ends[j]], axis=-1)
         return found[np.argsort(-found[:, 0], kind="stable")[: self.section.n_best]]
 
-    def score(
-        self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Question], *, seed: int
-    ) -> Scores:
-        ranked = self.candidates(predictions, features, examples)
-        answers = {
-            example.id: example.context[found[0].start : found[0].end] if found else ""
-            for example, found in zip(examples, ranked, strict=True)
-        }
-        each = squad_scores(answers, examples)
-        count = len(examples)
-        errors = {name: float(np.std(v, ddof=1)) / count**0.5 if count > 1 else None for name, v in each.items()}
-        facts: dict[str, Any] = {"windows": len(features), "unanswered": sum(not text for text in answers.values())}
-        files = {
-            "predictions.json": json.dumps(answers, indent=1, ensure_ascii=False) + "\n",
-            "nbest.json": json.dumps(_nbest(examples, ranked), indent=1, ensure_ascii=False) + "\n",
-        }
-        return Scores({name: float(values.mean()) for name, values in each.items()}, errors, facts, files)
-
-    def candidates(
+    def answers(
         self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Question]
     ) -> list[list[Candidate]]:
         """For each question the best spans over all its windows, best first, no text twice."""
@@ -164,14 +148,34 @@ class QuestionAnswering(Task):
                     chosen.setdefault(example.context[start:end], Candidate(score, start, end))
                 if len(chosen) == self.section.n_best:
                     break
-            ranked.append(list(chosen.values()))
+            ranked.append(_with_shares(list(chosen.values())))
         return ranked
 
-    def average(self, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Mean probabilities of every token to be first and to be last, as logarithms."""
-        least = torch.finfo(outputs[0].dtype).min / 4
-        parts = [_on_padding(scores, batch, least).log_softmax(1) for scores in outputs]
-        return torch.stack(parts).logsumexp(0) - np.log(len(parts))
+    def pool(self, members: Sequence[Sequence[list[Candidate]]]) -> list[list[Candidate]]:
+        """Mean shares of each span, over the models' best ones; their tokens may differ, characters are the same."""
+        pooled = []
+        for answers in zip(*members, strict=True):
+            shares: dict[tuple[int, int], float] = defaultdict(float)
+            for candidate in (candidate for found in answers for candidate in found):
+                shares[candidate.start, candidate.end] += candidate.share / len(members)
+            ranked = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+            pooled.append([Candidate(share, start, end) for (start, end), share in ranked[: self.section.n_best]])
+        return pooled
+
+    def score(self, answers: Sequence[list[Candidate]], examples: Sequence[Question], *, seed: int) -> Scores:
+        chosen = {
+            example.id: example.context[found[0].start : found[0].end] if found else ""
+            for example, found in zip(examples, answers, strict=True)
+        }
+        each = squad_scores(chosen, examples)
+        count = len(examples)
+        errors = {name: float(np.std(v, ddof=1)) / count**0.5 if count > 1 else None for name, v in each.items()}
+        files = {
+            "predictions.json": json.dumps(chosen, indent=1, ensure_ascii=False) + "\n",
+            "nbest.json": json.dumps(_nbest(examples, answers), indent=1, ensure_ascii=False) + "\n",
+        }
+        facts = {"unanswered": sum(not text for text in chosen.values())}
+        return Scores({name: float(values.mean()) for name, values in each.items()}, errors, facts, files)
 
 
 def window_starts(length: int, room: int, stride: int) -> list[int]:
@@ -215,24 +219,21 @@ def _without_space(context: str, start: int, end: int) -> tuple[int, int]:
     return start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
 
 
-def _on_padding(outputs: Tensor, batch: Batch, value: float) -> Tensor:
-    """``outputs [r, s, 2]`` with ``value`` behind each row's end."""
-    padding = torch.arange(outputs.shape[1], device=outputs.device) >= batch["lengths"][:, None]
-    return outputs.masked_fill(padding[..., None], value)
+def _with_shares(candidates: list[Candidate]) -> list[Candidate]:
+    """Scores as shares of the probability among these spans (as ``run_squad.py`` gives them in its n-best list)."""
+    scores = np.array([candidate.share for candidate in candidates])
+    shares = np.exp(scores - scores.max(initial=-np.inf)) if candidates else scores
+    return [
+        replace(candidate, share=float(share))
+        for candidate, share in zip(candidates, shares / shares.sum() if candidates else shares, strict=True)
+    ]
 
 
-def _nbest(examples: Sequence[Question], ranked: Sequence[list[Candidate]]) -> dict[str, list[dict[str, Any]]]:
-    """Texts of each question's best spans with their share of the probability among these."""
-    out = {}
-    for example, found in zip(examples, ranked, strict=True):
-        scores = np.array([candidate.score for candidate in found])
-        shares = np.exp(scores - scores.max(initial=-np.inf)) if found else scores
-        out[example.id] = [
-            {
-                "text": example.context[candidate.start : candidate.end],
-                "probability": round(float(share), 6),
-                "start": candidate.start,
-            }
-            for candidate, share in zip(found, shares / shares.sum() if found else shares, strict=True)
+def _nbest(examples: Sequence[Question], answers: Sequence[list[Candidate]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        example.id: [
+            {"text": example.context[c.start : c.end], "probability": round(c.share, 6), "start": c.start}
+            for c in found
         ]
-    return out
+        for example, found in zip(examples, answers, strict=True)
+    }

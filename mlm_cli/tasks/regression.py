@@ -34,7 +34,7 @@ class Regression(Task):
 
     def features(self, examples: Sequence[Example], *, training: bool = False) -> Features:
         """Raises DataError at a label that is no number, naming file and line."""
-        labels = np.array([number_of(example) for example in examples], dtype=np.float32)
+        labels = _labels(examples).astype(np.float32)
         return Features(rows_of(self, examples), self.encoder.pad_id, {"labels": labels})
 
     @property
@@ -48,17 +48,17 @@ class Regression(Task):
         found: list[float] = outputs[:, 0].tolist()
         return found
 
-    def score(
-        self, predictions: Sequence[float], features: Features, examples: Sequence[Example], *, seed: int
-    ) -> Scores:
-        labels = features.targets["labels"]
-        metrics, errors = correlations(np.array(predictions), labels, seed=seed)
-        facts = {"label_mean": float(labels.mean()), "label_variance": float(labels.astype(np.float64).var())}
-        return Scores(metrics, errors, facts)
+    def score(self, answers: Sequence[float], examples: Sequence[Example], *, seed: int) -> Scores:
+        labels = _labels(examples)
+        metrics, errors = correlations(np.array(answers), labels, seed=seed)
+        return Scores(metrics, errors, {"label_mean": float(labels.mean()), "label_variance": float(labels.var())})
 
-    def average(self, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The mean of several models' numbers."""
-        return torch.stack(list(outputs)).mean(0)
+    def loss_of(self, answers: Sequence[float], examples: Sequence[Example]) -> float:
+        return float(np.mean((np.array(answers) - _labels(examples)) ** 2))
 
     def config(self) -> dict[str, Any]:
         return {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+
+
+def _labels(examples: Sequence[Example]) -> np.ndarray:
+    return np.array([number_of(example) for example in examples], dtype=np.float64)

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from mlm_cli.config.schema import ModelSection, TaskSection
@@ -48,12 +49,14 @@ class Task(ABC):
 
     Attributes:
         name: as ``task.name`` in a recipe.
+        has_labels: it chooses between classes with names.
         kept: keys of the section that the model cannot be used rightly without: they travel with it.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]] = ()
+    has_labels: ClassVar[bool] = False
 
     def __init__(self, section: TaskSection, encoder: TextEncoder, labels: Sequence[str] = ()) -> None:
         self.section, self.encoder, self.labels = section, encoder, tuple(labels)
@@ -88,17 +91,31 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, outputs: Tensor, batch: Batch) -> list[Any]:
-        """A prediction for each unit of the batch, as plain values or numpy arrays."""
+        """What the model says of each unit of the batch, as plain values or numpy arrays: see ``answers``."""
+
+    def answers(self, predictions: Sequence[Any], features: Features, examples: Sequence[Any]) -> list[Any]:
+        """What the model says of each example; probabilities, not a choice, so that they can be pooled.
+
+        Args:
+            predictions: one for each unit of ``features``.
+        """
+        return list(predictions)
+
+    def pool(self, members: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answers of several models to the same examples as one: their means (Stone 1961, linear opinion pool)."""
+        return [np.mean(answers, axis=0) for answers in zip(*members, strict=True)]
+
+    def reordered(self, answers: Sequence[Any], order: Sequence[int]) -> list[Any]:
+        """``answers`` with the classes in another order: ``order[i]`` is where class ``i`` stood."""
+        return list(answers)
 
     @abstractmethod
-    def score(self, predictions: Sequence[Any], features: Features, examples: Sequence[Any], *, seed: int) -> Scores:
-        """What the predictions, one for each unit of ``features``, are worth. ``seed``: of a bootstrap."""
+    def score(self, answers: Sequence[Any], examples: Sequence[Any], *, seed: int) -> Scores:
+        """What the answers, one for each example, are worth. ``seed``: of a bootstrap."""
 
-    def average(self, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The outputs of several models as one: mean probabilities, as their logarithms."""
-        return torch.stack([scores.log_softmax(-1) for scores in outputs]).logsumexp(0) - torch.tensor(
-            float(len(outputs))
-        ).log().to(outputs[0].device)
+    def loss_of(self, answers: Sequence[Any], examples: Sequence[Any]) -> float:
+        """The loss of answers; nan where they do not say enough for it."""
+        return math.nan
 
     def config(self) -> dict[str, Any]:
         """Entries of the model's ``config.json`` that say what the head's outputs mean, as transformers names them."""

@@ -21,6 +21,7 @@ from mlm_cli.checkpoint.hub import (
 )
 from mlm_cli.checkpoint.hub_read import LAYOUTS, find, head_tensors, key_map_of
 from mlm_cli.checkpoint.key_map import KeyMap
+from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout
 from mlm_cli.errors import CheckpointError, UsageError
@@ -71,6 +72,8 @@ def start_task_model(
     reads_first_token(section)
     backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=False, changes=changes)
     model = TaskModel(backbone, spec, seed=seed)
+    if is_megatron_folder(folder):
+        return model  # causal models alone, whose only head was left out
     layout, kept = key_map_of(section, config), set[str]()
     with WeightFiles(folder) as files:
         pooler = {
@@ -156,7 +159,7 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
     if config.get("problem_type", str, kind.name) == "regression" and kind.name == "classification":
         raise CheckpointError(f"{folder} was trained for regression", hint="use --task regression")
     default = {"0": "LABEL_0", "1": "LABEL_1"}
-    labels = _labels(config.get("id2label", dict, default), folder)
+    labels = _labels(config.get("id2label", dict, default), folder) if kind.has_labels else ()
     settings = {key: own[key] for key in kind.kept if key in own}
     return TaskFacts(labels, int(own.get("max_length") or section.seq_length), settings, section)
 

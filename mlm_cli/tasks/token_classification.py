@@ -13,6 +13,7 @@ from torch import Tensor
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.errors import DataError
 from mlm_cli.models.heads import HeadSpec
+from mlm_cli.tasks.classification import negative_log
 from mlm_cli.tasks.conll import Sentence, read_conll
 from mlm_cli.tasks.entities import EntityCounts, split_tag
 from mlm_cli.tasks.features import IGNORED, Features
@@ -37,6 +38,7 @@ class TokenClassification(Task):
     """
 
     name: ClassVar[str] = "token_classification"
+    has_labels: ClassVar[bool] = True
 
     @staticmethod
     def architecture(model: ModelSection) -> str:
@@ -128,16 +130,32 @@ class TokenClassification(Task):
         return loss, (batch["labels"] != IGNORED).sum()
 
     def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
-        """Tag numbers of each row's tokens, int64 [tokens]."""
-        found, labelled = outputs.argmax(-1).cpu(), (batch["labels"] != IGNORED).cpu()
-        return [row[mask].numpy() for row, mask in zip(found, labelled, strict=True)]
+        """Probabilities of the tags of each row's tokens, float64 [tokens, tags]."""
+        shares, labelled = outputs.double().softmax(-1).cpu(), (batch["labels"] != IGNORED).cpu()
+        return [row[mask].numpy() for row, mask in zip(shares, labelled, strict=True)]
 
-    def score(
-        self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Sentence], *, seed: int
-    ) -> Scores:
-        tags = [list[str](["O"]) * len(sentence.tokens) for sentence in examples]
-        for (sentence, begin), found in zip(features.targets["places"].tolist(), predictions, strict=True):
-            tags[sentence][begin : begin + len(found)] = [self.labels[number] for number in found.tolist()]
+    def answers(
+        self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Sentence]
+    ) -> list[np.ndarray]:
+        """Probabilities of the tags of each sentence's tokens, the parts of long ones put together."""
+        found = [np.zeros((len(sentence.tokens), len(self.labels))) for sentence in examples]
+        for (sentence, begin), shares in zip(features.targets["places"].tolist(), predictions, strict=True):
+            found[sentence][begin : begin + len(shares)] = shares
+        return found
+
+    def reordered(self, answers: Sequence[np.ndarray], order: Sequence[int]) -> list[np.ndarray]:
+        return [shares[:, list(order)] for shares in answers]
+
+    def loss_of(self, answers: Sequence[np.ndarray], examples: Sequence[Sentence]) -> float:
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        return negative_log(
+            row[numbers[tag]]
+            for shares, sentence in zip(answers, examples, strict=True)
+            for row, tag in zip(shares, sentence.tags, strict=True)
+        )
+
+    def score(self, answers: Sequence[np.ndarray], examples: Sequence[Sentence], *, seed: int) -> Scores:
+        tags = [[self.labels[number] for number in shares.argmax(-1).tolist()] for shares in answers]
         counts = EntityCounts()
         for sentence, predicted in zip(examples, tags, strict=True):
             counts.add(sentence.tags, predicted)

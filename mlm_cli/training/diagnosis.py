@@ -58,9 +58,10 @@ def find_origin(
     for number, (outcome, batch) in enumerate(zip(outcomes, batches, strict=True)):
         layer = first_bad_layer(model, objective, batch, gradient=gradient)
         if layer is not None if gradient else not math.isfinite(float(outcome.loss)):
-            depth = len(order) if layer is None else order[layer]
+            depth = (parallel.pipeline.rank, len(order) if layer is None else order[layer])
+            depth = (-depth[0], -depth[1]) if gradient else depth
             place = (parallel.data.rank, number)
-            found.append(_Sighting(place, -depth if gradient else depth, parallel.world.rank, layer, sample_ids(batch)))
+            found.append(_Sighting(place, depth, parallel.world.rank, layer, sample_ids(batch)))
     mine = (found, [number for batch in batches for number in sample_ids(batch)])
     everywhere: list[Any] = [mine]
     if parallel.world.size > 1:
@@ -77,10 +78,15 @@ def find_origin(
 
 @dataclass(frozen=True)
 class _Sighting:
-    """One rank's look at one micro-batch. ``place``: data rank and micro-batch; ``depth``: smaller is earlier."""
+    """One rank's look at one micro-batch.
+
+    Attributes:
+        place: data rank and micro-batch.
+        depth: stage and module; smaller is earlier.
+    """
 
     place: tuple[int, int]
-    depth: int
+    depth: tuple[int, int]
     rank: int
     layer: str | None
     samples: list[int]
@@ -112,6 +118,8 @@ def first_bad_layer(model: nn.Module, objective: Objective, batch: Batch, *, gra
             loss, _ = objective(model, batch)
         if not gradient:
             return next((name for name, output in outputs if not torch.isfinite(output).all()), None)
+        if not loss.requires_grad:  # stages of a pipeline: the backward pass is not followed from one to the next
+            return None
         watched = [(name, output) for name, output in outputs if output.requires_grad]
         grads = torch.autograd.grad(loss, [output for _, output in watched], allow_unused=True)
         bad = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mlm_cli.checkpoint.state import Fragment
 from mlm_cli.errors import UsageError
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.training.loss_scale import Scaler
 
 Batch = dict[str, Tensor]
 EngineKind = Literal["deepspeed", "pipeline", "plain"]
@@ -41,6 +42,8 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    loss_scale: float = 65536.0  # float16 alone: what it begins with
+    loss_scale_window: int = 1000  # float16 alone: calm steps after which it is doubled
 
     def decay_of(self, parameter: Tensor) -> float:
         return self.weight_decay if parameter.dim() > 1 else 0.0
@@ -52,11 +55,15 @@ class Engine(Protocol):
     Attributes:
         model: the module, for evaluation; its weights are those of the last update.
         updates: optimizer updates taken (Adam's step count).
+        scaler: of the loss, in float16; else None.
+        overflowed: the last ``step`` was not taken because the scaled gradient overflowed: no fault of the batch.
     """
 
     name: str
     model: nn.Module
     updates: int
+    scaler: Scaler | None
+    overflowed: bool
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         """Forward and backward of the micro-batches of one update; gradients are averaged over them."""
@@ -80,7 +87,9 @@ class Engine(Protocol):
         """While it is open the model's parameters are the float32 masters; for writing ``model/``."""
 
 
-def choose_engine(wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, parallel: ParallelContext) -> EngineKind:
+def choose_engine(
+    wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, parallel: ParallelContext, offload: bool = False
+) -> EngineKind:
     """DeepSpeed where ZeRO has something to shard, else a plain optimizer step; an explicit wish is honoured.
 
     Several stages always run on DeepSpeed's pipeline, with ZeRO-1.
@@ -100,14 +109,14 @@ def choose_engine(wanted: Literal["auto", "deepspeed", "plain"], *, zero: int, p
             "train.engine=deepspeed needs parallel.zero of 1, 2 or 3",
             hint="set parallel.zero=1, or train.engine=plain",
         )
-    if wanted == "plain" and zero > 0 and parallel.data.size > 1:
+    if wanted == "plain" and zero > 0 and parallel.replicas.size > 1:
         raise UsageError(
-            f"train.engine=plain cannot shard (parallel.zero={zero}) over {parallel.data.size} data ranks",
+            f"train.engine=plain cannot shard (parallel.zero={zero}) over {parallel.replicas.size} copies of the model",
             hint="set parallel.zero=0, or train.engine=auto",
         )
     if wanted != "auto":
         return wanted
-    return "deepspeed" if zero > 0 and parallel.data.size > 1 else "plain"
+    return "deepspeed" if zero > 0 and (parallel.replicas.size > 1 or offload) else "plain"
 
 
 def build_engine(
@@ -120,6 +129,7 @@ def build_engine(
     accumulation: int,
     micro_batch_size: int,
     zero: int = 1,
+    offload: bool = False,
     config_file: Path | None = None,
 ) -> Engine:
     """Put a float32 model under an engine that computes in ``dtype``.
@@ -127,6 +137,7 @@ def build_engine(
     Args:
         accumulation: most micro-batches of one update on this rank.
         zero: ZeRO stage of the DeepSpeed engine.
+        offload: at stage 3 keep its state in the memory of the host.
         config_file: where to leave a copy of what DeepSpeed was given.
     """
     if kind == "plain":
@@ -157,5 +168,6 @@ def build_engine(
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
         zero=max(1, zero),
+        offload=offload,
         config_file=config_file,
     )

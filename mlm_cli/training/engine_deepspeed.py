@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from mlm_cli import log
 from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
+from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training import zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
 from mlm_cli.training.ds_config import make_ds_config
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
+from mlm_cli.training.loss_scale import DeepSpeedScale
 
 
 class _Runner(nn.Module):
@@ -61,10 +63,12 @@ class DeepSpeedEngine:
         accumulation: int = 1,
         micro_batch_size: int = 1,
         zero: int = 1,
+        offload: bool = False,
         config_file: Path | None = None,
     ) -> None:
         self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
-        self._updates, self._stage = 0, zero
+        self._module = model
+        self._updates, self._stage, self._offload, self.overflowed = 0, zero, offload, False
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for _, parameter in self._named:
             # The name DeepSpeed's norm looks for; parameters without it count once over the tensor group.
@@ -72,10 +76,15 @@ class DeepSpeedEngine:
         config = make_ds_config(
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
-            data_size=parallel.data.size,
+            data_size=parallel.replicas.size,
             zero=zero,
             dtype=dtype,
             clip_grad=settings.clip_grad,
+            loss_scale_window=settings.loss_scale_window,
+            # A pipeline reduces after the last micro-batch: there is no backward pass left to run beside.
+            overlap=parallel.device.type == "cuda" and parallel.pipeline.size == 1,
+            offload=offload,
+            pin_memory=parallel.device.type == "cuda",
             num_parameters=sum(parameter.numel() for _, parameter in self._named),
         )
         if config_file is not None and parallel.world.rank == 0:
@@ -87,6 +96,8 @@ class DeepSpeedEngine:
         with _quiet_deepspeed():
             self._deepspeed = self._make_deepspeed(config)
             self._zero = self._deepspeed.optimizer
+            half = dtype == torch.float16
+            self.scaler = DeepSpeedScale(self._zero.loss_scaler, settings.loss_scale) if half else None
             if zero == 3:
                 zero3.make_state(self._zero, self._optimizer)
             else:
@@ -100,7 +111,7 @@ class DeepSpeedEngine:
             zero3.announce_uses(runner, self.model)
             self.model = zero3.Gathering(runner, self.model)  # type: ignore[assignment]
         parallel = self.parallel
-        if parallel.data.handle is None:
+        if parallel.replicas.handle is None:
             _join_alone(parallel)
             parallel = ParallelContext.create(device=parallel.device)
         return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=parallel.mpu)
@@ -116,7 +127,8 @@ class DeepSpeedEngine:
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         outcomes = []
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
-            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.replicas.size)
+        self._scale_own_losses(len(batches))
         for number, batch in enumerate(batches, start=1):
             loss, sums = self._deepspeed(objective, batch)
             self._deepspeed.backward(loss)  # divides by the number of micro-batches; averages over ranks at the last
@@ -125,15 +137,25 @@ class DeepSpeedEngine:
             outcomes.append(Outcome(loss.detach().float(), sums))
         return outcomes
 
+    def _scale_own_losses(self, num_micro_batches: int) -> None:
+        """The losses that layers have of their own begin as that of the model does: averaged, and scaled in float16."""
+        scale_losses(self._module, (self.scaler.scale if self.scaler is not None else 1.0) / num_micro_batches)
+
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.updates = self._updates + 1
-        self._deepspeed.step()
-        if not self._deepspeed.was_step_applied():
+        hopeless = self.scaler is not None and self.scaler.hopeless
+        self._take_step()
+        applied = self._deepspeed.was_step_applied()
+        self.overflowed = self.scaler is not None and not applied and not hopeless
+        if not applied:
             return math.inf
         self._updates += 1
         return float(self._zero._global_grad_norm)
+
+    def _take_step(self) -> None:
+        self._deepspeed.step()
 
     def discard(self) -> None:
         """Spoil the gradients, so that DeepSpeed itself passes over the update and keeps its own counts right."""
@@ -142,7 +164,14 @@ class DeepSpeedEngine:
             held = [grad for grads in self._zero.averaged_gradients.values() for grad in grads or ()]
         for grad in held:
             grad.fill_(math.inf)
+        if self._offload:  # gradients are on the host, and their norms were taken on the way
+            for name, norm in self._zero.norm_for_param_grads.items():
+                self._zero.norm_for_param_grads[name] = torch.full_like(torch.as_tensor(norm), math.inf)
+        before = self.scaler.state() if self.scaler is not None else None
         assert not math.isfinite(self.step(0.0)), "DeepSpeed applied an update that was to be discarded"
+        if self.scaler is not None and before is not None:
+            self.scaler.load(before)
+            self.overflowed = False
 
     def fragments(self) -> list[Fragment]:
         if self._stage == 3:
@@ -186,7 +215,7 @@ class DeepSpeedEngine:
             return {id(parameter): self._zero.get_full_hp_param(parameter) for _, parameter in self._named}
         full: dict[int, Tensor] = {}
         for group, members in zip(self._optimizer.param_groups, self._groups, strict=True):
-            flat = torch.cat(self.parallel.data.all_gather(group["params"][0].detach()))
+            flat = torch.cat(self.parallel.replicas.all_gather(group["params"][0].detach()))
             offset = 0
             for parameter in members:
                 full[id(parameter)] = flat[offset : offset + parameter.numel()].view(parameter.shape)
@@ -219,6 +248,9 @@ def initialize_deepspeed(
     os.environ.setdefault("LOCAL_RANK", str(parallel.device.index or 0))
     import deepspeed
 
+    if parallel.device.type == "cpu" and config["fp16"]["enabled"]:
+        # Asked whether it can compute in float16 it looks at oneDNN alone; torch's kernels and ours can.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     # It calls functions of torch.distributed that newer torch has renamed; not for users to read every run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     # An empty answer to "which C++ operators can be built here": nothing is probed or compiled at start-up.

@@ -7,7 +7,6 @@ one fastest, as ``ParallelContext`` numbers the ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -74,7 +73,8 @@ class PipelineEngine(DeepSpeedEngine):
 
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         if len(batches) != self._deepspeed.gradient_accumulation_steps():  # batches grow
-            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.data.size)
+            self._deepspeed.set_train_batch_size(self._micro_batch_size * len(batches) * self.parallel.replicas.size)
+        self._scale_own_losses(len(batches))
         self._pipe.begin(objective, batches)
         self._deepspeed.train_batch(iter([(batch["tokens"], batch["labels"]) for batch in batches]))
         found = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.parallel.device)
@@ -83,15 +83,8 @@ class PipelineEngine(DeepSpeedEngine):
         self.parallel.pipeline.broadcast_(found, source=self.parallel.pipeline.size - 1)
         return [Outcome(row[0].float(), {"tokens": row[1]}) for row in found]
 
-    def step(self, lr: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.updates = self.updates + 1
+    def _take_step(self) -> None:
         self._deepspeed._exec_optimizer_step()
-        if not self._deepspeed.was_step_applied():
-            return math.inf
-        self.updates += 1
-        return float(self._zero._global_grad_norm)
 
     def fragments(self) -> list[Fragment]:
         copied = self._stage_model.has_head and not self._stage_model.has_embedding
@@ -175,7 +168,7 @@ def make_pipe_module(stage: Model, parallel: ParallelContext) -> Any:
             return loss
 
     topology = PipeModelDataParallelTopology(
-        num_pp=parallel.pipeline.size, num_mp=parallel.tensor.size, num_dp=parallel.data.size
+        num_pp=parallel.pipeline.size, num_mp=parallel.tensor.size, num_dp=parallel.replicas.size
     )
     layers = [nn.Identity() for _ in range(parallel.pipeline.size)]
     return StageModule(layers, topology=topology, seed_layers=False)

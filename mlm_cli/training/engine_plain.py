@@ -1,7 +1,7 @@
 """The engine without a framework: float32 masters and AdamW in one pass, gradients averaged over data ranks.
 
-In float32 the parameters are their own masters. In bfloat16 a gradient is used as autograd left it, unless several
-micro-batches or data ranks are to be added up: that happens in a float32 buffer.
+In float32 the parameters are their own masters. In half precision a gradient is used as autograd left it, unless
+several micro-batches or data ranks are to be added up: that happens in a float32 buffer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from mlm_cli import ops
 from mlm_cli.checkpoint.state import Fragment
+from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
+from mlm_cli.training.loss_scale import LossScale
 
 _BUCKET = 1 << 24  # gradients reduced over data ranks at once, in elements
 _PIECE = 1 << 18  # gradients squared at once, in elements: 1 MB, half of a core's cache
@@ -60,9 +62,11 @@ class PlainEngine:
     ) -> None:
         self.model, self.parallel, self.settings = model, parallel, settings
         self.updates, self._taken = 0, accumulation  # micro-batches of the update under way
+        self.scaler = LossScale(settings.loss_scale, settings.loss_scale_window) if dtype == torch.float16 else None
+        self.overflowed = False
         self._slots = [self._make_slot(name, p, dtype) for name, p in model.named_parameters() if p.requires_grad]
         self._flat: Tensor | None = None
-        if parallel.data.size > 1 or (accumulation > 1 and dtype != torch.float32):
+        if parallel.replicas.size > 1 or (accumulation > 1 and dtype != torch.float32):
             self._make_buffers()
         # A parameter that every tensor rank holds in full counts once in the norm.
         self._counted = [shard_of(slot.param) is not None or parallel.tensor.rank == 0 for slot in self._slots]
@@ -70,18 +74,22 @@ class PlainEngine:
     def accumulate(self, objective: Objective, batches: Sequence[Batch]) -> list[Outcome]:
         self._taken = len(batches)
         outcomes = []
+        if self.scaler is not None:
+            scale_losses(self.model, self.scaler.scale)
         for batch in batches:
             loss, sums = objective(self.model, batch)
-            loss.backward()
+            (loss if self.scaler is None else loss * self.scaler.scale).backward()
             outcomes.append(Outcome(loss.detach().float(), sums))
         return outcomes
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        scale = 1.0 / (self._taken * self.parallel.data.size)
-        if self.parallel.data.size > 1:
+        scale = 1.0 / (self._taken * self.parallel.replicas.size * (self.scaler.scale if self.scaler else 1.0))
+        if self.parallel.replicas.size > 1:
             self._reduce()
         norm = self._norm() * scale
+        overflow = self.scaler is not None and not math.isfinite(norm)
+        self.overflowed = self.scaler is not None and self.scaler.update(overflow) and overflow
         if math.isfinite(norm):
             clip = self.settings.clip_grad
             factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0  # as torch.nn.utils.clip_grad_norm_
@@ -134,7 +142,7 @@ class PlainEngine:
                 slot.buffer.zero_()  # unused here, but perhaps used on another rank
                 slot.filled = True
         for piece in self._flat.split(_BUCKET):
-            self.parallel.data.all_reduce_(piece)
+            self.parallel.replicas.all_reduce_(piece)
 
     def fragments(self) -> list[Fragment]:
         return [

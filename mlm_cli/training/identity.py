@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from mlm_cli.config.schema import Recipe
+from mlm_cli.config.shapes import is_sparse
 from mlm_cli.errors import UsageError
 
 # Changing these changes what was learned so far, or which samples come next.
@@ -20,7 +21,11 @@ _SAID_KEYS = ("train.steps", "train.precision", "train.clip_grad")
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
     """Dotted keys that a run keeps for life. Sizes that follow from other things must already be filled in."""
     without = ("model.attention", "task.train", "task.dev", *(("train.rampup",) if recipe.train.rampup is None else ()))
-    return _pick(recipe, _FIXED_SECTIONS, _FIXED_KEYS, without=without)
+    picked = _pick(recipe, _FIXED_SECTIONS, _FIXED_KEYS, without=without)
+    if is_sparse(recipe.model):  # what a query sees is of the model; which kernel computes it is not
+        attention = recipe.model.attention.model_dump(mode="json", exclude={"kernel"})
+        picked |= {f"model.attention.{key}": value for key, value in attention.items()}
+    return picked
 
 
 def recipe_hash(recipe: Recipe) -> str:

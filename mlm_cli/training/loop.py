@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mlm_cli import heartbeat
-from mlm_cli.checkpoint.save import Checkpointer
+from mlm_cli.checkpoint.save import Saved
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.agreement import agree_on_step
 from mlm_cli.training.engine import Batch, Engine, Objective
-from mlm_cli.training.monitor import Monitor
 from mlm_cli.training.numerics import Numerics, Trouble
 from mlm_cli.training.stop import Cause, Interrupted, StopFlag
 
 # evaluator(model) -> values for the step's record, equal on all ranks, such as {"valid_loss": 2.5}
 Evaluator = Callable[[Any], dict[str, float]]
+
+
+class Saves(Protocol):
+    """Where checkpoints go (``checkpoint.save.Checkpointer``)."""
+
+    @property
+    def writing(self) -> bool: ...
+
+    def finish(self) -> Saved | None: ...
+
+    def save(
+        self, position: Position, metrics: dict[str, float] | None = None, *, wait: bool = True
+    ) -> Saved | None: ...
+
+
+class Watches(Protocol):
+    """Where the numbers go (``training.monitor.Monitor``)."""
+
+    def begin_step(self) -> None: ...
+
+    def waiting_for_data(self) -> AbstractContextManager[None]: ...
+
+    def end_step(self, tokens: int) -> None: ...
+
+    def due(self, step: int) -> bool: ...
+
+    def record(self, step: int, values: Mapping[str, Any], *, force: bool = False) -> None: ...
+
+    def went_back(self, step: int) -> None: ...
+
+    def saved(self, saved: Saved | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +89,11 @@ def train(
     start: Position,
     parallel: ParallelContext,
     evaluator: Evaluator | None,
-    checkpointer: Checkpointer,
-    monitor: Monitor,
+    checkpointer: Saves,
+    monitor: Watches,
     stop: StopFlag,
     numerics: Numerics | None = None,
+    statistics: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Position, Cause | None]:
     """Train from ``start`` to ``plan.steps`` or until told to stop; the last position is always saved.
 
@@ -90,13 +122,16 @@ def train(
         # the update: clip, AdamW; a norm that is not finite leaves the weights alone (host sync)
         if trouble is None:
             grad_norm = engine.step(lr)
-            trouble = None if math.isfinite(grad_norm) else Trouble(step, "gradient", grad_norm)
+            trouble = None if math.isfinite(grad_norm) or engine.overflowed else Trouble(step, "gradient", grad_norm)
         else:
             engine.discard()
 
         # where training stands now; after trouble: behind the step without its update, or back at a checkpoint
         if trouble is None:
-            tokens = int(position.extra.get("tokens", 0)) + report.tokens
+            learned = (
+                0 if engine.overflowed else report.tokens
+            )  # of float16: the update is passed over, the batch is fine
+            tokens = int(position.extra.get("tokens", 0)) + learned
             position = position.after(step, samples, tokens=tokens)
             position = numerics.accept(report.loss, position)
         else:
@@ -127,8 +162,14 @@ def train(
             except Interrupted as interrupted:
                 cause = interrupted.cause
         last = step == plan.steps or cause is not None
-        known = {"loss": report.loss, "grad_norm": grad_norm} if trouble is None else {"skipped": True}
+        known: dict[str, float] = {"skipped": True}
+        if trouble is None:
+            known = {"loss": report.loss, **({"overflow": True} if engine.overflowed else {"grad_norm": grad_norm})}
+        if engine.scaler is not None:
+            known["loss_scale"] = engine.scaler.scale
         told = numerics.take_record()
+        if statistics is not None and (values or last or monitor.due(step)):
+            told = {**told, **statistics()}
         record = {**known, "lr": lr, "tokens": position.extra.get("tokens", 0), **values, **told}
         monitor.record(step, record, force=bool(values or told) or last)
 
@@ -137,7 +178,7 @@ def train(
             monitor.saved(checkpointer.finish())
         wanted = plan.checkpoint_when is not None and bool(values) and plan.checkpoint_when(step, values)
         if last or wanted or _due(step, plan.checkpoint_every, False):
-            metrics = {**({"loss": report.loss} if trouble is None else {}), **values}
+            metrics = {**(known if trouble is None else {}), "lr": lr, **values}
             monitor.saved(checkpointer.save(position, metrics, wait=last))
         if cause is not None:
             return position, cause

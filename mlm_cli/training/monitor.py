@@ -160,6 +160,10 @@ class Monitor:
             self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
         self._warm = True
 
+    def due(self, step: int) -> bool:
+        """True where a step is written down whatever it brought; equal on all ranks."""
+        return step % self.every == 0 or step == self.steps
+
     def record(self, step: int, values: Mapping[str, Any], *, force: bool = False) -> None:
         """Show the step, and write it down if it is due.
 
@@ -169,7 +173,7 @@ class Monitor:
         """
         if not self.writes:
             return
-        logged = force or step % self.every == 0 or step == self.steps
+        logged = force or self.due(step)
         mem = peak_memory(self.device) if logged or self.line.live else 0
         known = {
             "step": step,

@@ -26,7 +26,7 @@ def _probe(module: object) -> bool:
     return False
 
 
-def choose_dtype(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+def choose_dtype(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
     """The type of weights and activations; masters and moments are float32 in any case.
 
     Raises:
@@ -36,4 +36,4 @@ def choose_dtype(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) 
         wanted = "bf16" if has_fast_bf16(device) else "fp32"
     if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UsageError(f"{torch.cuda.get_device_name(device)} has no bfloat16", hint="set train.precision=fp32")
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(wanted, torch.float32)

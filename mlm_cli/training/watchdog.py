@@ -190,7 +190,8 @@ def limit_waits(parallel: ParallelContext, heartbeat_limit: float) -> None:
     import torch.distributed as dist
 
     seconds = max(60.0, 5 * heartbeat_limit)
-    for group in (parallel.world, parallel.tensor, parallel.data, parallel.pipeline):
+    axes = (parallel.tensor, parallel.data, parallel.pipeline, parallel.context, parallel.replicas)
+    for group in (parallel.world, *axes):
         if group.handle is not None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group.handle)
         if group.shared is not None:

@@ -23,12 +23,23 @@ SHARED = {
 }
 TALK = {"--format", "--quiet -q", "--verbose -v"}
 FROZEN: dict[str, set[str]] = {
-    "pretrain": SHARED,
+    "pretrain": SHARED | {"--verify", "--replay"},
     "finetune": SHARED,
-    "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit"},
+    "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit", "--ensemble"},
     "generate": SHARED
     | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
     | {"--repetition-penalty", "--stop", "--batch-size"},
+    "convert": TALK
+    | {
+        "--to",
+        "--dtype",
+        "--tensor",
+        "--pipeline",
+        "--checkpoint-version",
+        "--from-pickle",
+        "--tokenizer",
+        "--dry-run",
+    },
     "plan": SHARED | {"--device-tflops", "--mfu"},
     "report": TALK | {"--output -o", "--smooth"},
     "doctor": TALK,
@@ -42,7 +53,8 @@ FROZEN: dict[str, set[str]] = {
     | {"--input-format", "--txt-documents", "--max-line-mb", "--backend"},
     "tokenizer train": TALK
     | {"--kind", "--vocab-size", "--output -o", "--json-key", "--input-format", "--txt-documents", "--on-bad-line"}
-    | {"--max-line-mb", "--max-train-mb", "--min-frequency", "--lowercase", "--overwrite"},
+    | {"--max-line-mb", "--max-train-mb", "--min-frequency", "--lowercase", "--overwrite"}
+    | {"--special-tokens", "--byte-fallback"},
     "tokenizer show": TALK,
 }
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mlm_cli.data.sentences import split_sentences
 from mlm_cli.data.sidecar import load_sidecar
+from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.jobs.indexed_tools import inspect, merge
 from tests.jobs.preprocess_runs import command, jsonl, preprocess, texts
@@ -125,3 +127,30 @@ def test_preprocessing_again_leaves_no_old_list_of_bad_lines(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     preprocess(tmp_path / "a.jsonl", output=tmp_path / "x", overwrite=True)
     assert not (tmp_path / "x.bad.jsonl").exists()
+
+
+def test_characters_per_token_by_input(test_data: Path, tmp_path: Path) -> None:
+    """Counted when the text is read, without end-of-document ids; languages are told apart by their files."""
+    folder, tokenizer = test_data / "corpora/multilingual/udhr2", str(test_data / "tokenizers/gpt2")
+    inputs = [folder / f"{language}.txt" for language in ("eng", "deu", "tha")]
+    known = load_tokenizer(tokenizer)
+    for settings in ({}, {"split_sentences": True, "workers": 3}):
+        preprocess(*inputs, output=tmp_path / "x", tokenizer=tokenizer, overwrite=True, **settings)
+        found = inspect(str(tmp_path / "x"))["characters_per_token"]
+        assert [Path(entry["source"]).stem for entry in found] == ["tha", "deu", "eng"]
+        for entry in found:
+            texts = [Path(entry["source"]).read_text(encoding="utf-8")]
+            texts = split_sentences(texts[0]) if settings else texts
+            tokens = sum(len(known.encode(text)) for text in texts)
+            assert (entry["characters"], entry["tokens"]) == (sum(map(len, texts)), tokens)
+            assert entry["characters_per_token"] == pytest.approx(entry["characters"] / tokens, abs=1e-3)
+    shown = command("preprocess", "--inspect", "x", "--documents", "0", cwd=tmp_path)
+    assert "characters per token: " in shown.stdout and shown.stdout.index("tha.txt") < shown.stdout.index("eng.txt")
+
+
+def test_no_characters_per_token_without_counts(test_data: Path, tmp_path: Path) -> None:
+    theirs = test_data / "reference/megatron_indexed/ag_news_prompt_inputs_document"
+    assert "characters_per_token" not in inspect(str(theirs), documents=0)
+    preprocess(jsonl(tmp_path / "a.jsonl", ["", " "]), output=tmp_path / "x")
+    report = inspect(str(tmp_path / "x"))
+    assert [entry["characters"] for entry in report["characters_per_token"]] == [1]

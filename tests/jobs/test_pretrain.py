@@ -237,26 +237,57 @@ def test_no_sound_checkpoint_is_exit_4(straight: Path, data: Path, tmp_path: Pat
     assert caught.value.message.count("state/rank-00000.safetensors is missing") == 3
 
 
-def test_disk_full_while_saving_is_exit_7_and_costs_nothing(
-    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FAILURES = {
+    "full": (errno.ENOSPC, ResourceError, "disk full while writing", 7),
+    "quota": (errno.EDQUOT, ResourceError, "disk full while writing", 7),
+    "read-only": (errno.EROFS, CheckpointError, "Read-only file system while writing", 4),
+    "broken": (errno.EIO, CheckpointError, "Input/output error while writing", 4),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_disk_that_fails_while_saving_costs_nothing(
+    failure: str, straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    number, kind, words, code = FAILURES[failure]
     run = tmp_path / "run"
     real = tensor_file.os.fsync
 
     def full(descriptor: int) -> None:
         if (run / "step-00000004").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         real(descriptor)
 
     monkeypatch.setattr(tensor_file.os, "fsync", full)
-    with pytest.raises(ResourceError, match="disk full while writing") as caught:
+    with pytest.raises(kind, match=words) as caught:
         pretrain.run(make_recipe(data, run, checkpoint__every=4))
     monkeypatch.undo()
-    assert caught.value.exit_code == 7
-    assert RunFolder(run).steps() == [4] and status(run)["exit_code"] == 7
+    assert caught.value.exit_code == code
+    assert RunFolder(run).steps() == [4] and status(run)["exit_code"] == code
     assert not list(run.glob(".tmp*"))
     assert pretrain.run(make_recipe(data, run, checkpoint__every=4)) == 0
     assert fingerprints(run / "step-00000012") == fingerprints(straight / "step-00000012")
+
+
+@pytest.mark.parametrize("damage", ["empty latest", "no latest", "flipped bit", "no manifest"])
+def test_what_a_crash_may_leave_is_no_obstacle(damage: str, straight: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(straight, tmp_path)
+    expected = fingerprints(run / "step-00000012")
+    shutil.rmtree(run / "step-00000012")
+    if damage == "empty latest":
+        (run / "latest").write_text("")
+    elif damage == "no latest":
+        (run / "latest").unlink()
+    elif damage == "no manifest":
+        (run / "step-00000008/manifest.json").unlink()
+    else:
+        path = run / "step-00000008/state/rank-00000.safetensors"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+    assert pretrain.run(make_recipe(data, run, checkpoint__every=4)) == 0
+    assert fingerprints(run / "step-00000012") == expected
+    assert (run / "latest").read_text() == "step-00000012\n"
 
 
 def test_too_little_space_is_found_before_step_1(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pretrain_runs import fingerprints, losses, make_recipe, metrics, status, write_data
 
 from mlm_cli import distributed
@@ -84,6 +85,21 @@ def test_rollback_reads_other_samples_and_resumes_alike(
     assert metrics(early)[0]["bad_step"] == 1 and len(metrics(early)) == 12
 
 
+def test_a_spike_is_passed_over_and_its_samples_are_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "objective", spoil(53, 9.0))  # in step 14; the first verdict is that of step 11
+    changes = {"train__spike_zscore": 8.0, "train__steps": 16, "checkpoint__every": 4, "evaluate__every": 0}
+    run = tmp_path / "rollback"
+    assert pretrain.run(make_recipe(data, run, train__on_bad_loss="rollback", **changes)) == 0
+    assert "step 14: the loss spikes to" in capsys.readouterr().err
+    told = next(record for record in metrics(run) if "bad_step" in record)
+    # back at step 12, without what was read since
+    assert (told["step"], told["bad_step"], told["bad"], told["skipped_samples"]) == (13, 14, "spike", [48, 56])
+    with pytest.raises(NumericsError, match=r"step 14: the loss spikes to .*samples 52-55; the step was not taken"):
+        pretrain.run(make_recipe(data, tmp_path / "stop", **changes))
+
+
 def test_the_budget_ends_it_with_code_5(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "objective", lambda model, batch: (OBJECTIVE(model, batch)[0] * math.nan, {}))
     for policy in ("skip", "rollback"):
@@ -119,6 +135,50 @@ def _nan_weight(rank: int, size: int, data: str, folder: str) -> list[str]:
         except NumericsError as error:
             heard.append(error.message)
     return heard
+
+
+class _BadGradient(torch.autograd.Function):
+    """Identity whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * math.inf
+
+
+def _in_stages(rank: int, size: int, data: str, folder: str) -> list[str]:
+    """Of a pipeline: a NaN in the first stage, and a gradient that goes bad in the last."""
+    distributed.shutdown = lambda: None  # type: ignore[assignment]
+    from mlm_cli.models.block import Block
+
+    forward, heard = Block.forward, []
+    for name, first in (("loss", True), ("gradient", False)):
+
+        def spoiled(self: Any, x: torch.Tensor, *given: Any, first: bool = first) -> torch.Tensor:
+            out = forward(self, x, *given)
+            if (rank == 0) is not first or self.masks is None:
+                return out
+            return out * math.nan if first else _BadGradient.apply(out)
+
+        Block.forward = spoiled  # type: ignore[method-assign]
+        try:
+            pretrain.run(make_recipe(Path(data), Path(folder) / name, parallel={"pipeline": 2}))
+        except NumericsError as error:
+            heard.append(error.message)
+        finally:
+            Block.forward = forward  # type: ignore[method-assign]
+    return heard
+
+
+def test_stages_of_a_pipeline_are_named_too(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    first, second = run_ranks(_in_stages, 2, str(data), str(tmp_path))
+    assert first == second and len(first) == 2
+    assert first[0].startswith("step 1: the loss is nan on rank 0, samples 0-3;"), first[0]
+    assert "first bad layer: layers.0" in first[0]
+    assert first[1].startswith("step 1: the gradient norm is inf (loss finite), samples 0-3"), first[1]
 
 
 def test_layer_rank_and_samples_are_named(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:

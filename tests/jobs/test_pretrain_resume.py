@@ -18,7 +18,10 @@ def _straight_and_halved(rank: int, size: int, data: str, folder: str, cases: di
     for name, changes in cases.items():
         for output, counts in (("straight", (12,)), ("halved", (6, 12))):
             for steps in counts:
-                recipe = make_recipe(Path(data), Path(folder) / name / output / "run", train__steps=steps, **changes)
+                more = {"train__steps": steps, **changes}
+                if "train" in changes:
+                    more = {**changes, "train": {**changes["train"], "steps": steps}}
+                recipe = make_recipe(Path(data), Path(folder) / name / output / "run", **more)
                 assert pretrain.run(recipe) == 0
 
 
@@ -32,8 +35,20 @@ def _check(folder: Path, names: list[str]) -> None:
         assert [record["step"] for record in metrics(halved)] == list(range(1, 13))
         first, last = losses(halved)[0], losses(halved)[-1]
         assert last < first, f"{name}: nothing was learned"
+        if "loss_scale" in metrics(straight)[0]:
+            overflows = [record["step"] for record in metrics(straight) if record.get("overflow")]
+            assert overflows and overflows[-1] > 6, f"{name}: no overflow after the resume: {overflows}"
 
 
+# Begins too high, and doubles again: several overflows, some of them after the resume.
+FP16 = {
+    "steps": 12,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "precision": "fp16",
+    "initial_loss_scale": 2.0**17,
+    "loss_scale_window": 1,
+}
 RAMPUP = {"start": 2, "increment": 2, "samples": 16}
 CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank": (
@@ -42,6 +57,8 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "plain fp32": {},
             "plain bf16": {"train__precision": "bf16"},
             "plain bf16 recomputed": {"train__precision": "bf16", "train__recompute": "full"},
+            "plain fp32 recomputed in part": {"train__recompute": "selective", "model__attention": "fused"},
+            "plain fp16": {"train": FP16},
             "plain bf16 growing": {"train__precision": "bf16", "train__rampup": RAMPUP},
             "deepspeed fp32": {"train__engine": "deepspeed"},
             "deepspeed bf16": {"train__engine": "deepspeed", "train__precision": "bf16"},
@@ -60,6 +77,11 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "train__recompute": "full",
                 "train__rampup": RAMPUP,
             },
+            "context bf16 recomputed": {
+                "parallel": {"context": 2},
+                "train__precision": "bf16",
+                "train__recompute": "full",
+            },
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
@@ -75,11 +97,27 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("group", CASES)
+SLOW = {
+    "two ranks, fp16": (
+        2,
+        {
+            "tensor": {"train": FP16, "parallel": {"tensor": 2}},
+            "context": {"train": FP16, "parallel": {"context": 2}},
+            "pipeline": {"train": FP16, "parallel": {"pipeline": 2}},
+            "zero 1": {"train": FP16},
+            "zero 2": {"train": FP16, "parallel": {"zero": 2}},
+            "zero 3": {"train": FP16, "parallel": {"zero": 3}},
+            "zero 3 offload": {"train": FP16, "parallel": {"zero": 3, "offload": "cpu"}},
+        },
+    )
+}
+
+
+@pytest.mark.parametrize("group", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_resuming_changes_no_bit(group: str, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
-    size, cases = CASES[group]
+    size, cases = (CASES | SLOW)[group]
     data = write_data(tmp_path / "data")
-    run_ranks(_straight_and_halved, size, str(data), str(tmp_path), cases, timeout=300.0)
+    run_ranks(_straight_and_halved, size, str(data), str(tmp_path), cases, timeout=900.0)
     _check(tmp_path, list(cases))
 
 

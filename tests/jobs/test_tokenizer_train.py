@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_trained_tokenizer_opens_everywhere(trained: dict[str, Path], tmp_path: 
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(str(trained[kind]))
     assert tokenizer.vocab_size == SIZES[kind]
-    assert tokenizer.eod_token == ("[SEP]" if kind == "wordpiece" else "<|endoftext|>")
+    assert tokenizer.eod_token == {"bpe": "<|endoftext|>", "wordpiece": "[SEP]", "unigram": "</s>"}[kind]
     theirs = transformers.AutoTokenizer.from_pretrained(str(trained[kind]))
     text = "def parse(self, message):\n    return email.message_from_string(message)  # as before"
     ids = tokenizer.encode(text)
@@ -42,6 +43,49 @@ def test_trained_tokenizer_opens_everywhere(trained: dict[str, Path], tmp_path: 
     if kind == "wordpiece":
         framed = theirs("email")["input_ids"]
         assert [framed[0], framed[-1]] == [tokenizer.token_ids["[CLS]"], tokenizer.token_ids["[SEP]"]]
+
+    if kind == "unigram":  # T5's places: <pad> </s> <unk> first, <extra_id_0> last
+        assert [tokenizer.pad_id, tokenizer.eod_id, tokenizer.unk_id] == [0, 1, 2]
+        assert tokenizer.sentinel_ids == tuple(range(SIZES[kind] - 1, SIZES[kind] - 101, -1))
+        assert theirs(text)["input_ids"] == [*ids, 1]
+        assert theirs.convert_ids_to_tokens(tokenizer.sentinel_ids[7]) == "<extra_id_7>"
+        assert tokenizer.encode("a<extra_id_3>b").count(tokenizer.sentinel_ids[3]) == 1
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("chosen", ["gpt", "bert", "t5"])
+def test_special_tokens_of_any_family_in_any_kind(tiny_text: Path, tmp_path: Path, kind: str, chosen: str) -> None:
+    request = TrainRequest((str(tiny_text),), str(tmp_path / "t"), kind, 500, max_train_mb=0.02, special_tokens=chosen)
+    report = train(request)
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    found = {token: number for token, number in tokenizer.token_ids.items() if number in tokenizer.special_ids}
+    if chosen == "gpt":
+        assert tokenizer.eod_token == "<|endoftext|>" and not tokenizer.sentinel_ids and tokenizer.mask_id is None
+    if chosen == "bert":
+        ids = [tokenizer.pad_id, tokenizer.token_ids["[UNK]"], tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
+        assert ids == [0, 1, 2, 3, 4] and len(found) == 5
+    if chosen == "t5":
+        assert report["sentinels"] == 100 and [tokenizer.pad_id, tokenizer.eod_id] == [0, 1]
+        assert tokenizer.sentinel_ids[0] == tokenizer.vocab_size - 1 and len(found) == 103
+    text = "import email, and more"
+    assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_byte_fallback_leaves_nothing_unknown(tiny_text: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    request = TrainRequest((str(tiny_text),), str(tmp_path / "t"), "unigram", 600, max_train_mb=0.02)
+    train(replace(request, output=str(tmp_path / "plain")))
+    train(replace(request, byte_fallback=True))
+    plain, fallback = (load_tokenizer(str(tmp_path / name)) for name in ("plain", "t"))
+    text = "naïve 日本語 สวัสดี 😀"
+    assert plain.unk_id in plain.encode(text)
+    ids = fallback.encode(text)
+    assert fallback.unk_id not in ids and fallback.decode(ids) == text
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids and theirs.decode(ids) == text
+    assert len(fallback.encode("<0x41>")) > 1  # written out, it is text
+    with pytest.raises(UsageError, match="holds every byte already"):
+        train(replace(request, kind="bpe", output=str(tmp_path / "x"), byte_fallback=True))
 
 
 def test_training_is_repeatable_and_is_the_librarys(tiny_text: Path, trained: dict[str, Path], tmp_path: Path) -> None:
@@ -72,8 +116,8 @@ def test_trained_tokenizer_preprocesses(trained: dict[str, Path], tmp_path: Path
 
 def test_lowercase(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", ["Hello HELLO hello world World"] * 4)
-    for kind in SIZES:
-        request = TrainRequest((str(tmp_path / "a.jsonl"),), str(tmp_path / kind), kind, 280 if kind == "bpe" else 40, lowercase=True)  # fmt: skip  # noqa: E501
+    for kind, size in {"bpe": 280, "wordpiece": 40, "unigram": 140}.items():
+        request = TrainRequest((str(tmp_path / "a.jsonl"),), str(tmp_path / kind), kind, size, lowercase=True)
         train(request)
         tokenizer = load_tokenizer(str(tmp_path / kind))
         assert tokenizer.encode("HELLO World") == tokenizer.encode("hello world")

@@ -110,3 +110,19 @@ def test_vocabulary_comes_from_the_tokenizer() -> None:
     assert plan.vocab_size == 257 and plan.padded_vocab_size == 384
     with pytest.raises(UsageError, match="vocabulary"):
         make_plan(resolve_recipe("gpt/10m"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("bert/base", 110_106_428),  # transformers' BertForPreTraining of bert-base-uncased
+        ("bert/336m", 336_297_858),
+        ("bert/1.3b", 1_280_739_202),
+        ("bert/3.9b", 3_869_260_674),
+        ("paper/gpt-8.3b", 8_317_040_640),
+        ("paper/bert-340m-readme", 336_297_858),
+    ],
+)
+def test_published_models_have_their_parameters(name: str, parameters: int) -> None:
+    """Table 4 of Shoeybi et al. 2019 says 336M, 1.3B and 3.9B; table 2 8.3B."""
+    assert make_plan(resolve_recipe(name), 8).parameters == parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def test_a_killed_rank_ends_the_job_with_code_6(folder: Path) -> None:
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - start_time < 10
     assert process.returncode == 6
-    assert "rank 1 of 2 was lost" in err and "SIGKILL" in err
+    assert f"rank 1 of 2 was lost on {socket.gethostname()} after" in err and "SIGKILL" in err
     status = json.loads((folder / "killed" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 6)
 

@@ -1,4 +1,4 @@
-"""BERT's own rules, and that slicing does not change it. (Its equal in transformers: ``checkpoint/test_hub_bert.py``.)"""
+"""BERT's own rules, and that slicing does not change it. Its equal in transformers: `checkpoint/test_hub_bert.py`."""
 
 from __future__ import annotations
 

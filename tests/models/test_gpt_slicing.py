@@ -80,15 +80,17 @@ def dropout_repeats(section: ModelSection, parallel: ParallelContext) -> bool:
     section = section.model_copy(update={"hidden_dropout": 0.2, "attention_dropout": 0.2})
     model = build_gpt(section, parallel, seed=3).train()
     grads = []
-    for recompute in (False, True):
+    for recompute in ("none", "full", "selective"):
         model.set_streams(RandomStreams(parallel, 17))
-        model.recompute = recompute
+        model.recompute = recompute == "full"
+        for layer in model.layers:
+            layer.attention.recompute = recompute == "selective"
         model.zero_grad()
         model.loss(make_batch(section, 0))[0].backward()
         grads.append([param.grad.clone() for param in model.parameters()])
         after = torch.rand(2)
     del after
-    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    return all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 def masks_between_layers(section: ModelSection, parallel: ParallelContext) -> dict[str, Any]:
@@ -154,3 +156,26 @@ def _check_masks(of_ranks: list[dict[str, Any]], sequence: bool) -> None:
 
 def test_one_rank_recomputes_with_the_same_dropout() -> None:
     assert all(dropout_repeats(section, ParallelContext.single()) for section in MODELS.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_selective_recomputation_keeps_no_scores(dropout: float) -> None:
+    """What is kept for the backward pass no longer grows with the square of the sequence."""
+    section = MODELS["llama"].model_copy(update={"attention": "fused", "attention_dropout": dropout})
+    model = build_gpt(section, ParallelContext.single(), seed=3).train()
+    kept: dict[bool, int] = {}
+    for recompute in (False, True):
+        for layer in model.layers:
+            layer.attention.recompute = recompute
+        squares: list[tuple[int, ...]] = []
+
+        def pack(tensor: torch.Tensor, squares: list[tuple[int, ...]] = squares) -> torch.Tensor:
+            if tensor.shape[-2:] == (24, 24):
+                squares.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = model.loss(make_batch(section, 0))
+        kept[recompute] = len(squares)
+        loss.backward()
+    assert kept[False] >= section.num_layers and kept[True] == 0

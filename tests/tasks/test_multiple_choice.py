@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tasks.task_models import SECTIONS, make_model, make_task, wordpiece
@@ -62,13 +63,16 @@ def test_each_question_is_weighed_by_itself(tmp_path: Path) -> None:
         for scores, label in zip(alone, (0, 1), strict=True)
     ]
     assert float(loss) == pytest.approx(float(sum(losses)) / 2, rel=1e-5) and int(count) == 2
-    assert task.predict(outputs, batch) == [int(scores.argmax()) for scores in alone]
-    scores = task.score([1, 0], features, QUESTIONS, seed=1)
-    assert scores.metrics == {"accuracy": 1.0}
-    assert scores.facts["chance_baseline"]["accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    both = task.average([outputs, outputs], batch)
-    assert task.predict(both, batch) == task.predict(outputs, batch)
-    assert float(both[:2].exp().sum()) == pytest.approx(1, rel=1e-5)
+    shares = task.predict(outputs, batch)
+    for found, scores in zip(shares, alone, strict=True):
+        np.testing.assert_allclose(found, scores[:, 0].softmax(0).numpy(), rtol=1e-4)
+    assert task.loss_of(shares[::-1], QUESTIONS) == pytest.approx(float(loss), rel=1e-4)
+    right, wrong = [np.array([0.1, 0.8, 0.1]), np.array([0.6, 0.4])], [np.array([0.5, 0.2, 0.3]), np.array([0.3, 0.7])]
+    scored = task.score(right, QUESTIONS, seed=1)
+    assert scored.metrics == {"accuracy": 1.0}
+    assert scored.facts["chance_baseline"]["accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert task.score(wrong, QUESTIONS, seed=1).metrics == {"accuracy": 0.0}
+    assert task.score(task.pool([right, wrong]), QUESTIONS, seed=1).metrics == {"accuracy": 0.5}
 
 
 @pytest.mark.parametrize("label", ["3", "-1", "maybe"])

@@ -17,7 +17,7 @@ from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.tasks.batches import evaluation_batches
 from mlm_cli.tasks.encoding import TextEncoder
-from mlm_cli.tasks.question_answering import QuestionAnswering, most_context, window_starts
+from mlm_cli.tasks.question_answering import Candidate, QuestionAnswering, most_context, window_starts
 from mlm_cli.tasks.squad import Question, answer_f1, normalize_answer, read_squad, squad_scores
 
 
@@ -107,16 +107,29 @@ def test_sure_outputs_give_the_answers_back(test_data: Path) -> None:
         outputs[:, 0] = 0  # what says "not here" is no candidate
         predicted.update(zip(batch["sample_ids"].tolist(), task.predict(outputs, batch), strict=True))
     ordered = [predicted[unit] for unit in range(len(features))]
-    scores = task.score(ordered, features, questions, seed=1)
+    answers = task.answers(ordered, features, questions)
+    scores = task.score(answers, questions, seed=1)
     assert scores.metrics["f1"] > 0.97 and scores.metrics["exact_match"] > 0.93
-    answers = json.loads(scores.predictions["predictions.json"])
+    texts = json.loads(scores.predictions["predictions.json"])
     nbest = json.loads(scores.predictions["nbest.json"])
-    assert list(answers) == [question.id for question in questions]
+    assert list(texts) == [question.id for question in questions]
     for question in questions:
         best = nbest[question.id]
-        assert best[0]["text"] == answers[question.id] and len(best) <= 20
+        assert best[0]["text"] == texts[question.id] and len(best) <= 20
         assert sum(item["probability"] for item in best) == pytest.approx(1, abs=1e-4)
         assert all(question.context[b["start"] :].startswith(b["text"]) for b in best)
+
+
+def test_models_with_other_tokens_are_pooled_by_characters(tmp_path: Path) -> None:
+    task = make_task("question_answering", SECTIONS["bert"], wordpiece(tmp_path))
+    question = Question("1", "who", "a man plays guitar", (("a man", 0),), "here")
+    one = [[Candidate(0.6, 0, 5), Candidate(0.4, 12, 18)]]
+    other = [[Candidate(0.9, 12, 18), Candidate(0.1, 2, 5)]]
+    pooled = task.pool([one, other])
+    assert [(c.start, c.end, round(c.share, 6)) for c in pooled[0]] == [(12, 18, 0.65), (0, 5, 0.3), (2, 5, 0.05)]
+    assert json.loads(task.score(pooled, [question], seed=1).predictions["predictions.json"]) == {"1": "guitar"}
+    assert task.score(one, [question], seed=1).metrics == {"f1": 1.0, "exact_match": 1.0}
+    assert task.score([[]], [question], seed=1).facts["unanswered"] == 1
 
 
 def test_spans_are_the_best_of_all_pairs(tmp_path: Path) -> None:

@@ -161,10 +161,16 @@ def test_long_sentences_are_tagged_whole(tmp_path: Path, layout: str) -> None:
         total += int(count)
         predicted.update(zip(batch["sample_ids"].tolist(), task.predict(outputs, batch), strict=True))
     assert total == 109
-    scores = task.score([predicted[unit] for unit in range(len(features))], features, sentences, seed=1)
+    answers = task.answers([predicted[unit] for unit in range(len(features))], features, sentences)
+    scores = task.score(answers, sentences, seed=1)
+    assert task.loss_of(answers, sentences) < 1e-3
     assert scores.metrics == {"f1": 1.0, "precision": 1.0, "recall": 1.0, "accuracy": 1.0}
     (tmp_path / "p.conll").write_text(scores.predictions["predictions.conll"])
     again = read_conll(tmp_path / "p.conll")
     assert [found.tags for found in again] == [given.tags for given in sentences]
-    none = [np.full_like(row, 2) for row in (predicted[unit] for unit in range(len(features)))]
-    assert task.score(none, features, sentences, seed=1).metrics["f1"] == 0.0
+    none = [np.tile([0, 0, 1.0], (len(given.tokens), 1)) for given in sentences]
+    assert task.score(none, sentences, seed=1).metrics["f1"] == 0.0
+    pooled = task.score(task.pool([none, answers, answers]), sentences, seed=1)  # two against one
+    assert pooled.metrics == scores.metrics
+    turned = task.reordered([shares[:, [2, 0, 1]] for shares in answers], [1, 2, 0])
+    assert all(np.array_equal(one, other) for one, other in zip(turned, answers, strict=True))

@@ -111,3 +111,9 @@ def test_the_json_adds_up() -> None:
     assert config["train_batch_size"] == 24
     assert config["zero_optimization"]["stage"] == 1 and config["zero_optimization"]["reduce_bucket_size"] == 102
     assert config["bf16"]["enabled"] and config["data_types"]["grad_accum_dtype"] == "fp32"
+    assert not config["zero_optimization"]["overlap_comm"] and not config["fp16"]["enabled"]
+    common = {"micro_batch_size": 2, "accumulation": 3, "data_size": 4}
+    on_gpus = make_ds_config(**common, dtype=torch.float16, zero=3, overlap=True, offload=True, pin_memory=True)
+    zero = on_gpus["zero_optimization"]
+    assert zero["overlap_comm"] and zero["contiguous_gradients"] and on_gpus["fp16"]["loss_scale"] == 0
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}

@@ -138,7 +138,7 @@ def test_the_norm_counts_what_every_tensor_rank_holds_once(run_ranks: Callable[.
 
 
 def test_which_engine_a_layout_gets() -> None:
-    one, two = ParallelContext.single(), ParallelContext(data=Group(0, 2, None, (0, 1)))
+    one, two = ParallelContext.single(), ParallelContext(replicas=Group(0, 2, None, (0, 1)))
     assert choose_engine("auto", zero=1, parallel=one) == "plain"
     assert choose_engine("auto", zero=1, parallel=two) == "deepspeed"
     assert choose_engine("auto", zero=0, parallel=two) == "plain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,22 +118,45 @@ def test_the_first_bad_layer_is_named_and_nothing_is_touched(where: str) -> None
     assert first_bad_layer(healthy, objective, batch, gradient=where == "gradient") is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "deepspeed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "zero", "offload"),
+    [("plain", 1, False), *(("deepspeed", zero, False) for zero in (1, 2, 3)), ("deepspeed", 3, True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_discarded_step_leaves_no_trace(kind: Any, dtype: torch.dtype, number: int) -> None:
+def test_a_discarded_step_leaves_no_trace(kind: Any, zero: int, offload: bool, dtype: torch.dtype, number: int) -> None:
     if kind == "deepspeed":
         pytest.importorskip("deepspeed")
     ends = []
     for discard in (False, True):
-        engine = build_engine(kind, make_model(), ONE, SETTINGS, dtype=dtype, accumulation=number, micro_batch_size=4)
+        engine = build_engine(
+            kind,
+            make_model(),
+            ONE,
+            replace(SETTINGS, loss_scale=64.0, loss_scale_window=2),
+            dtype=dtype,
+            accumulation=number,
+            micro_batch_size=4,
+            zero=zero,
+            offload=offload,
+        )
         for step in (1, 2, 3):
             if discard and step == 2:
                 engine.accumulate(objective, make_batches(99, number))
                 engine.discard()
                 assert engine.updates == 1
+                # a gradient that is bad by itself is passed over too
+                spoiled = [{**batch, "y": batch["y"] * math.inf} for batch in make_batches(98, number)]
+                before = None if engine.scaler is None else engine.scaler.state()
+                engine.accumulate(objective, spoiled)
+                assert not math.isfinite(engine.step(0.01)) and engine.updates == 1
+                assert engine.overflowed is (dtype == torch.float16)
+                if engine.scaler is not None and before is not None:
+                    assert engine.scaler.state() != before
+                    engine.scaler.load(before)
             engine.accumulate(objective, make_batches(step, number))
-            engine.step(0.01)
+            assert math.isfinite(engine.step(0.01))
+        assert engine.scaler is None or engine.scaler.scale > 64.0
         ends.append([tensor.clone() for one in engine.fragments() for tensor in one.tensors.values()])
     assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
 
