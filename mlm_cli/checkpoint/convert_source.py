@@ -39,7 +39,7 @@ class Source:
         dtype: of the weights, as a ``config.json`` names it.
         tokenizer: None where there is none.
         step: where in training it was taken; None: not known.
-        is_classifier: its output layer is a task's head.
+        task_architecture: transformers' class, where it was fine-tuned to a task, whose head it has.
         megatron: the opened files of that layout.
     """
 
@@ -50,8 +50,13 @@ class Source:
     dtype: str
     tokenizer: Tokenizer | None
     step: int | None
-    is_classifier: bool = False
+    task_architecture: str | None = None
     megatron: MegatronFiles | None = None
+
+    @property
+    def is_task(self) -> bool:
+        """It has a task's head in place of its own."""
+        return self.task_architecture is not None
 
     def load(self, parallel: ParallelContext, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> Model:
         """The model in memory.
@@ -67,7 +72,7 @@ class Source:
         """Copy what describes the model and was not made anew: its card (licence, data) and settings of generation."""
         if self.megatron is not None:
             return
-        if (self.folder / _GENERATION).is_file() and not self.is_classifier:
+        if (self.folder / _GENERATION).is_file() and not self.is_task:
             shutil.copyfile(self.folder / _GENERATION, target / _GENERATION)
         if (self.folder / _CARD).is_file():
             text = (self.folder / _CARD).read_text(encoding="utf-8", errors="replace")
@@ -111,7 +116,7 @@ def open_source(
     words = _tokenizer(tokenizer, found)
     if words is not None:
         check_vocabulary(section, words, spec)
-    named = config.get("architectures", list, [])
+    is_task = hub_read.task_class(config) is not None or bool(config.get("mlm_task", dict, {}))
     dtype = config.values.get("dtype") or config.values.get("torch_dtype")
     yield Source(
         shown=found,
@@ -121,7 +126,7 @@ def open_source(
         dtype=str(dtype),
         tokenizer=words,
         step=read_manifest(found.parent).step if (found.parent / MANIFEST).is_file() else None,
-        is_classifier=any(str(name).endswith("ForSequenceClassification") for name in named),
+        task_architecture=str(config.get("architectures", list)[0]) if is_task else None,
     )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli.checkpoint import hub_read, megatron_read
+from mlm_cli.checkpoint.hub_read import task_class
 from mlm_cli.checkpoint.hub_write import Head, check_vocabulary, save_model_folder
 from mlm_cli.checkpoint.key_map import ConfigReader
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.checkpoint.resolve import resolve_model
 from mlm_cli.checkpoint.weight_files import WeightFiles
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "read_model_config",
     "resolve_model",
     "save_model_folder",
+    "task_class",
 ]
 
 
@@ -32,7 +34,7 @@ def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
     return (megatron_read if is_megatron_folder(folder) else hub_read).read_model_config(folder)
 
 
-def load_model_folder(folder: str | Path, parallel: ParallelContext, **options: Any) -> tuple[GPT, ModelSection]:
+def load_model_folder(folder: str | Path, parallel: ParallelContext, **options: Any) -> tuple[Model, ModelSection]:
     """This rank's slice of a model in either layout; see ``hub_read.load_model_folder`` for options and errors."""
     read = megatron_read if is_megatron_folder(Path(folder)) else hub_read
     return read.load_model_folder(folder, parallel, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert,
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import check_slices
+from mlm_cli.config.shapes import check_slices, hub_layout
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
@@ -21,8 +22,8 @@ from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
 LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
-# What a task head replaces: its model has no output layer over the vocabulary.
-_HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+# transformers' classes with a task's head in place of the output layer over the vocabulary, by the end of their names.
+TASK_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
@@ -50,7 +51,7 @@ def load_model_folder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    head_optional: bool = False,
+    head: bool = True,
     changes: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
@@ -61,7 +62,7 @@ def load_model_folder(
         parallel: any layout, whatever wrote the folder.
         dtype: of the weights in memory.
         device: unset: that of ``parallel``.
-        head_optional: a folder without an output layer (a classifier's) is fine; the layer is then tied.
+        head: False leaves out the head of pretraining, and passes over it, or over that of a task, in the files.
         changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
             ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
             (Beltagy et al. 2020, section 5).
@@ -78,25 +79,39 @@ def load_model_folder(
     num_positions = section.seq_length
     section = section.model_copy(update=dict(changes or {}))
     with WeightFiles(folder) as files:
-        headless = _is_headless(config) or head_optional
-        if headless and not section.tie_embeddings and "lm_head.weight" not in files:
-            section = section.model_copy(update={"tie_embeddings": True})
+        if head and task_class(config) is not None:
+            raise CheckpointError(
+                f"{folder} holds a {config.values['architectures'][0]}, which has no output layer over the vocabulary",
+                hint="name the model that it was fine-tuned from",
+            )
         check_slices(section, parallel.tensor.size)
-        model = build_model(section, parallel, dtype=dtype, init=False)
-        layout = LAYOUTS[config.values["model_type"]].key_map(section, config)
-        _fill(model, files, layout, _head_tensors(config, files), num_positions, on_bytes)
+        model = build_model(section, parallel, dtype=dtype, init=False, head=head)
+        extra = set() if head else head_tensors(section, files)
+        _fill(model, files, key_map_of(section, config), extra, num_positions, on_bytes)
     return model, section
 
 
-def _is_headless(config: ConfigReader) -> bool:
-    named = config.get("architectures", list, [])
-    return any(str(name).endswith(_HEADLESS) for name in named)
+def task_class(config: ConfigReader) -> str | None:
+    """The end of the class name (``ForSequenceClassification``) where ``config.json`` names one with a task's head."""
+    for name in config.get("architectures", list, []):
+        for ending in TASK_CLASSES:
+            if str(name).endswith(ending):
+                return ending
+    return None
 
 
-def _head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
-    """Tensors of a task head, which the model itself leaves to the task."""
-    known = ("score.", "classifier.", "qa_outputs.")
-    return {name for name in files.names() if name.startswith(known)} if _is_headless(config) else set()
+def key_map_of(section: ModelSection, config: ConfigReader) -> KeyMap:
+    """Where the model's parameters lie in a folder with this ``config.json``."""
+    layout = LAYOUTS[config.values["model_type"]]
+    found: KeyMap = layout.key_map(section, config)
+    prefix = getattr(layout, "TASK_PREFIX", {}).get(task_class(config))
+    return found.with_prefix(prefix) if prefix else found
+
+
+def head_tensors(section: ModelSection, files: WeightFiles) -> set[str]:
+    """Tensors of heads, of pretraining or of a task: all that a model without its head leaves alone."""
+    heads: re.Pattern[str] = LAYOUTS[hub_layout(section)].HEADS
+    return {name for name in files.names() if heads.fullmatch(name)}
 
 
 def _fill(
@@ -116,9 +131,9 @@ def _fill(
             on_bytes(param.numel() * param.element_size())
     if model.parallel.pipeline.size > 1:  # what other stages read is known too
         sources = [source for entry in layout.entries.values() for source in entry.sources]
-        used.update(found for source in sources if (found := _find(source, files, layout)) is not None)
+        used.update(found for source in sources if (found := find(source, files, layout)) is not None)
     for name, shape in layout.zeros.items():
-        found = _find(name, files, layout)
+        found = find(name, files, layout)
         if found is not None:
             files.check_shape(found, shape)
             if files.read(found).any():
@@ -126,7 +141,7 @@ def _fill(
             used.add(found)
     for name, original in layout.copies.items():
         if name in files and name not in used:
-            first = _find(original, files, layout)
+            first = find(original, files, layout)
             if first is None or not files.read(name).equal(files.read(first)):
                 raise CheckpointError(
                     f"{files.file_of(name)}: tensor {name} is not {original}, though config.json says that it is",
@@ -140,7 +155,7 @@ def _fill(
             )
 
 
-def _find(name: str, files: WeightFiles, layout: KeyMap) -> str | None:
+def find(name: str, files: WeightFiles, layout: KeyMap) -> str | None:
     """The name under which the files hold a tensor: with or without the prefix of the bare model, or a stand-in's."""
     for candidate in (name, name.removeprefix(layout.prefix), *layout.stand_ins.get(name, ())):
         if candidate in files:
@@ -163,7 +178,7 @@ def _read_parameter(
 
     begins = [sum(widths[:i]) for i in range(len(widths))]
     for source, width in zip(entry.sources, widths, strict=True):
-        found = _find(source, files, layout)
+        found = find(source, files, layout)
         if found is None and source in layout.absent:
             continue
         outside = [*shape[:dim], width, *shape[dim + 1 :]]
@@ -174,7 +189,7 @@ def _read_parameter(
     offset = 0
     for start, stop in ranges:
         source = max(i for i, begin in enumerate(begins) if begin <= start)
-        found = _find(entry.sources[source], files, layout)
+        found = find(entry.sources[source], files, layout)
         first, last = start - begins[source], min(stop, valid if len(begins) == 1 else stop) - begins[source]
         if found is not None and last > first:
             whole = last - first == widths[source]

@@ -35,10 +35,10 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 @dataclass(frozen=True)
 class Head:
-    """A task head to be written with the model in place of its output layer.
+    """A task head to be written with a model that has none of its own.
 
     Attributes:
-        architecture: suffix of transformers' class (``ForSequenceClassification``).
+        architecture: end of the name of transformers' class (``ForSequenceClassification``; ``Model``: no head at all).
         tensors: outside names -> tensors, whole on every rank.
         config: entries for ``config.json`` (``id2label``, ``num_labels``, ``pad_token_id``).
     """
@@ -72,7 +72,7 @@ def save_model_folder(
         meta: facts for the model card (``data``, ``steps``, ``tokens``, ``loss``, ...).
         weights: slices to write instead of the model's own, by full parameter name (float32 masters).
         dtype: of the files; unset: that of the weights.
-        head: a task head in place of the output layer.
+        head: of a task, where the model was built without one of its own.
         max_shard_bytes: files grow no larger; more than one get an index.
         later: nothing is written now: a copy of the weights is taken, and what is left to do with it is added to this
             list, to be called in order, in any thread (no collectives are left).
@@ -88,12 +88,16 @@ def save_model_folder(
     """
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer)
+    assert head is None or model.head is None, "a task's head stands in place of the model's own"
     layout = LAYOUTS[hub_layout(model.config)]
     if model.parallel.replicas.rank != 0:
         return {}
     first_slice = model.parallel.tensor.rank == 0 and model.parallel.pipeline.rank == 0
     writer = _Writer(Path(folder), first_slice, later, on_bytes)
     key_map: KeyMap = layout.key_map(model.config)
+    prefix = getattr(layout, "TASK_PREFIX", {}).get(head.architecture if head is not None else None)
+    if prefix:
+        key_map = key_map.with_prefix(prefix)
     jobs = _jobs(model, key_map, weights, dtype, head)
     if model.parallel.pipeline.size > 1:
         jobs = _from_all_stages(jobs, model.parallel.pipeline)
@@ -150,8 +154,6 @@ def _jobs(
 ) -> list[_Job]:
     jobs = []
     for name, param in model.named_parameters():
-        if name == "head.weight" and head is not None:
-            continue
         if name in model.copies:
             continue  # its owner, an earlier stage, writes it
         local = weights[name] if weights is not None else param.detach()
@@ -321,5 +323,6 @@ def _write_texts(
     _write_json(folder / "config.json", config)
     if head is None and model.config.family != "bert":
         _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-    card = model_card(model.config, architecture, _DTYPE_NAMES[dtype], meta)
+    extra = sum(tensor.numel() for tensor in head.tensors.values()) if head is not None else None
+    card = model_card(model.config, architecture, _DTYPE_NAMES[dtype], meta, head_parameters=extra)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -42,6 +42,26 @@ class KeyMap:
     stand_ins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     ignored: re.Pattern[str] = re.compile(r"(?!)")
+
+    def with_prefix(self, prefix: str) -> KeyMap:
+        """The same map where the bare model is called otherwise."""
+
+        def renamed(name: str) -> str:
+            return prefix + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
+
+        return replace(
+            self,
+            entries={
+                ours: replace(entry, sources=tuple(map(renamed, entry.sources))) for ours, entry in self.entries.items()
+            },
+            prefix=prefix,
+            zeros={renamed(name): shape for name, shape in self.zeros.items()},
+            absent=frozenset(map(renamed, self.absent)),
+        )
+
+
+# Names of a task head's parameters (``models.heads``) -> where they lie outside, by the suffix of transformers' class.
+TaskHeads = Mapping[str, Mapping[str, str]]
 
 
 class ConfigReader:

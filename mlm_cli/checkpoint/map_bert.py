@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
-from mlm_cli.checkpoint.map_encoder import encoder_entries, head_entries, read_encoder, write_encoder
+from mlm_cli.checkpoint.map_encoder import HEADS, TASK_HEADS, encoder_entries, head_entries, read_encoder, write_encoder
 from mlm_cli.config.schema import ModelSection
+
+__all__ = ["HEADS", "MODEL_TYPE", "TASK_HEADS", "architecture", "key_map", "read_config", "write_config"]
 
 MODEL_TYPE = "bert"
 

@@ -13,6 +13,17 @@ from mlm_cli.config.shapes import ffn_hidden_size
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 # transformers keeps buffers here, and a copy of the output layer's bias.
 _BUFFERS = r"(bert\.)?embeddings\.position_ids"
+# Heads of pretraining and of tasks: what a model without its head leaves to the task.
+HEADS = re.compile(r"(bert\.)?pooler\.dense\.(weight|bias)|cls\..+|(classifier|qa_outputs)\.(weight|bias)")
+_POOLER = {f"pooler.{part}": f"bert.pooler.dense.{part}" for part in ("weight", "bias")}
+_CLASSIFIER = {f"output.{part}": f"classifier.{part}" for part in ("weight", "bias")}
+TASK_HEADS = {
+    "ForSequenceClassification": {**_POOLER, **_CLASSIFIER},
+    "ForTokenClassification": _CLASSIFIER,
+    "ForQuestionAnswering": {f"output.{part}": f"qa_outputs.{part}" for part in ("weight", "bias")},
+    "ForMultipleChoice": {**_POOLER, **_CLASSIFIER},
+    "Model": {},
+}
 
 
 def read_encoder(config: ConfigReader, *, norm_order: str, binary_head: str) -> ModelSection:

@@ -11,6 +11,14 @@ from mlm_cli.config.shapes import ffn_hidden_size
 
 MODEL_TYPE = "gpt2"
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
+# Heads of pretraining and of tasks: what a model without its head leaves to the task.
+HEADS = re.compile(r"(lm_head|score)\.weight|(classifier|qa_outputs)\.(weight|bias)")
+TASK_HEADS = {
+    "ForSequenceClassification": {"output.weight": "score.weight"},
+    "ForTokenClassification": {f"output.{part}": f"classifier.{part}" for part in ("weight", "bias")},
+    "ForQuestionAnswering": {f"output.{part}": f"qa_outputs.{part}" for part in ("weight", "bias")},
+    "Model": {},
+}
 
 
 def architecture(model: ModelSection) -> str:

@@ -11,6 +11,16 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, num_query_groups
 
 MODEL_TYPE = "llama"
+# Heads of pretraining and of tasks: what a model without its head leaves to the task.
+HEADS = re.compile(r"lm_head\.weight|(score|qa_outputs)\.(weight|bias)")
+TASK_HEADS = {
+    "ForSequenceClassification": {"output.weight": "score.weight"},
+    "ForTokenClassification": {f"output.{part}": f"score.{part}" for part in ("weight", "bias")},
+    "ForQuestionAnswering": {f"output.{part}": f"qa_outputs.{part}" for part in ("weight", "bias")},
+    "Model": {},
+}
+# transformers names the bare model so in this one class.
+TASK_PREFIX = {"ForQuestionAnswering": "transformer."}
 
 
 def architecture(model: ModelSection) -> str:

@@ -6,6 +6,7 @@ does not know the ``model_type``, and says so.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 
 MODEL_TYPE = "mlm"
+# Heads of pretraining and of tasks: what a model without its head leaves to the task. Only causal models are held so.
+HEADS = re.compile(r"(head|task)\..+")
+_BOTH = {f"output.{part}": f"task.output.{part}" for part in ("weight", "bias")}
+TASK_HEADS = {
+    "ForSequenceClassification": {"output.weight": "task.output.weight"},
+    "ForTokenClassification": _BOTH,
+    "ForQuestionAnswering": _BOTH,
+    "Model": {},
+}
 
 
 def architecture(model: ModelSection) -> str:

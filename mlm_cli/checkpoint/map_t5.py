@@ -10,6 +10,7 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, head_dim, is_gated, num_decoder_layers
 
 MODEL_TYPE = "t5"
+HEADS = re.compile(r"lm_head\.weight")
 _ACTIVATIONS = {
     "relu": "relu",
     "gated-gelu": "geglu",

@@ -145,14 +145,14 @@ def load_model_folder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    head_optional: bool = False,
+    head: bool = True,
     changes: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model; arguments and errors as ``hub_read.load_model_folder``."""
     files = open_megatron(Path(folder))
     section = read_section(files, Path(folder)).model_copy(update=dict(changes or {}))
-    return load_section(files, section, parallel, dtype=dtype, on_bytes=on_bytes), section
+    return load_section(files, section, parallel, dtype=dtype, head=head, on_bytes=on_bytes), section
 
 
 def load_section(
@@ -161,15 +161,17 @@ def load_section(
     parallel: ParallelContext,
     *,
     dtype: torch.dtype,
+    head: bool = True,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Model:
     """Build this rank's slice of ``section`` from opened files; every tensor must fit, and none be left over.
 
     Args:
+        head: False leaves out the output layer, which a task's head stands in place of.
         on_bytes: told the bytes of each tensor read.
     """
     check_slices(section, parallel.tensor.size)
-    model = build_model(section, parallel, dtype=dtype, init=False)
+    model = build_model(section, parallel, dtype=dtype, init=False, head=head)
     keys = files.family.keys(section)
     order = RowOrder.of(section, files.tensor, files.version)
     unknown = sorted(set(files.tensors) - set(keys.values()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, hub_layout, is_sparse, num_decoder_layers, num_query_groups
-from mlm_cli.models.count import count_parameters
+from mlm_cli.models.count import count_parameters, layer_counts
 
 _STYLE = {
     "gpt2": "GPT-2 style",
@@ -21,15 +21,30 @@ _KIND = {"gpt": "causal language model", "bert": "masked language model", "t5": 
 _PIPELINE = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 
 
-def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any]) -> str:
+# Tasks by the end of transformers' class name: what the model is, and the Hub's name for what it does.
+_TASKS = {
+    "ForSequenceClassification": ("text classifier", "text-classification"),
+    "ForTokenClassification": ("token classifier", "token-classification"),
+    "ForQuestionAnswering": ("reader that finds answers in a text", "question-answering"),
+    "ForMultipleChoice": ("chooser between answers", "multiple-choice"),
+    "Model": ("encoder of texts as vectors", "sentence-similarity"),
+}
+
+
+def model_card(
+    model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any], *, head_parameters: int | None = None
+) -> str:
     """Markdown with the Hub's front matter.
 
     Args:
         architecture: transformers' class name.
         dtype: of the weights.
         meta: training facts, shown as they are; ``name`` becomes the title.
+        head_parameters: of a task's head, which stands in place of the model's own; None: it has its own.
     """
-    classifier = "Classification" in architecture
+    kind, pipeline = _KIND[model.family], _PIPELINE[model.family]
+    if head_parameters is not None:
+        kind, pipeline = next(found for ending, found in _TASKS.items() if architecture.endswith(ending))
     rows = {
         "layers": f"{model.num_layers} + {num_decoder_layers(model)}" if model.family == "t5" else model.num_layers,
         "hidden size": model.hidden_size,
@@ -39,17 +54,16 @@ def model_card(model: ModelSection, architecture: str, dtype: str, meta: Mapping
         "longest context": f"{model.seq_length} tokens",
         "vocabulary": f"{model.vocab_size} tokens",
         "positions, norm, activation": f"{model.position}, {model.norm}, {model.activation}",
-        "parameters": f"{_exact_parameters(model):,}",
+        "parameters": f"{_exact_parameters(model, head_parameters):,}",
         "weights": dtype,
     }
     facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
-    kind = "text classifier" if classifier else _KIND[model.family]
     layout = hub_layout(model)
     outside = "" if layout == "mlm" else f"as `{architecture}` in `transformers`, and "
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {'text-classification' if classifier else _PIPELINE[model.family]}",
+        f"pipeline_tag: {pipeline}",
         "license: unknown",
         "tags: [mlm]",
         "---",
@@ -88,9 +102,12 @@ def _sparse_limit(model: ModelSection) -> list[str]:
     ]
 
 
-def _exact_parameters(model: ModelSection) -> int:
+def _exact_parameters(model: ModelSection, head_parameters: int | None) -> int:
     """Parameters as exported: without the padding rows of the vocabulary."""
-    return count_parameters(model.model_copy(update={"make_vocab_size_divisible_by": 1}))
+    exact = model.model_copy(update={"make_vocab_size_divisible_by": 1})
+    if head_parameters is None:
+        return count_parameters(exact)
+    return sum(layer.held(1) for layer in layer_counts(exact) if layer.name != "head") + head_parameters
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +106,10 @@ class WeightFiles:
 
     def file_of(self, name: str) -> Path:
         return self.folder / self._of.get(name, INDEX if (self.folder / INDEX).is_file() else SINGLE)
+
+    def numel(self, name: str) -> int:
+        """Elements of a tensor."""
+        return math.prod(self._files[self._of[name]].get_slice(name).get_shape())
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless tensor ``name`` is there as floating point with this shape."""

@@ -36,7 +36,7 @@ def evaluate(
     model_or_key: ModelArgument = None,
     keys: KeysArgument = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, classification; may be repeated.")
+        list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity or a kind of task; may be repeated.")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -69,14 +69,17 @@ def evaluate(
 
     MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
     Files named after it count as --data, so that a shell pattern works; with --ensemble they are further models, whose
-    probabilities are averaged with its own (language models must share a tokenizer, classifiers their label names).
-    Recipe keys that matter here are task.*, tokenizer, parallel.tensor and train.precision.
+    answers are averaged with its own (language models must share a tokenizer, classifiers their label names).
+    Recipe keys that matter here are task.*, tokenizer, parallel.tensor and train.precision. Kinds of task, for models
+    that `mlm finetune` made: classification, regression, token_classification, question_answering, multiple_choice,
+    embedding.
 
     \b
     Examples:
       mlm evaluate runs/gpt --task perplexity --data held-out.txt --stride 512
       mlm evaluate runs/gpt --task perplexity --data data/valid parallel.tensor=2 --nproc 2
       mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
+      mlm evaluate runs/squad --task question_answering --data dev-v1.1.json -o results/squad
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """

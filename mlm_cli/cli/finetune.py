@@ -44,6 +44,7 @@ def finetune(
     \b
     Examples:
       mlm finetune finetune/sst2 init_from=runs/gpt task.train=train.tsv task.dev=dev.tsv -o runs/sst2
+      mlm finetune finetune/squad init_from=runs/bert task.train=train-v1.1.json task.dev=dev-v1.1.json
       mlm finetune my.yaml optimizer.lr=3e-5 task.epochs=2
       mlm evaluate runs/sst2 --task classification --data dev.tsv
     """

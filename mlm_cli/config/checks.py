@@ -17,6 +17,7 @@ from mlm_cli.config.shapes import (
     num_query_groups,
     padded_vocab_size,
 )
+from mlm_cli.config.tasks import check_task
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -196,6 +197,14 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake(
             ("task",), "`task` is not set: nothing to fine-tune on", "start from `mlm recipe show finetune/sst2`"
         )
+    else:
+        yield from check_task(recipe.task)
+        if recipe.task.loss == "contrastive" and recipe.train.micro_batch_size < 2:
+            yield Mistake(
+                ("train.micro_batch_size", "task.loss"),
+                "`task.loss` contrastive tells a pair from the others of its micro-batch, which holds only one",
+                "use `train.micro_batch_size=64`, or as many as there is memory for",
+            )
     if recipe.train.rampup is not None:
         yield Mistake(
             ("train.rampup",),

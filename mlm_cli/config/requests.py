@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlm_cli.config.tasks import TASK_KINDS
+
 OutputFormat = Literal["text", "json"]
-EVALUATION_TASKS = ("perplexity", "classification")  # of `mlm evaluate`, known without loading any of them
+EVALUATION_TASKS = ("perplexity", *TASK_KINDS)  # of `mlm evaluate`, known without loading any of them
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -33,9 +35,9 @@ class EvaluateRequest:
 
     Attributes:
         model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
-        ensemble: further models whose probabilities are averaged with those of ``model``.
-        tasks: names such as ``perplexity`` and ``classification``.
-        data: text files or prefixes of indexed data sets (perplexity), or the labelled file (classification).
+        ensemble: further models whose answers are averaged with those of ``model``.
+        tasks: ``perplexity``, or kinds of task of ``config.tasks``.
+        data: text files or prefixes of indexed data sets (perplexity), or the task's files.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
         batch_size: windows or examples scored at once on one rank. Never changes a score.
         max_length: tokens of context; unset: the model's.

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from mlm_cli import heartbeat
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.perplexity import ScoringModel, Tally, score_rows
-from mlm_cli.tasks.classification import Features, confusion_matrix, evaluation_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mlm_cli.data.tokenizer import Tokenizer
-    from mlm_cli.parallel.context import ParallelContext
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, Tokenizer]) -> None:
@@ -96,43 +92,3 @@ def order_of_labels(labels: Sequence[str], reference: Sequence[str], names: tupl
             hint="average classifiers of one task",
         )
     return [list(labels).index(label) for label in reference]
-
-
-@torch.no_grad()
-def class_probabilities(
-    model: Any,
-    features: Features,
-    parallel: ParallelContext,
-    *,
-    num_labels: int,
-    pad_id: int,
-    batch_size: int,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Probabilities of the classes, float64 ``[examples, labels]``, equal on all ranks. All ranks call.
-
-    Args:
-        on_batch: told (examples done, examples in all) of this rank.
-    """
-    model.eval()
-    device, data = parallel.device, parallel.data
-    found = torch.zeros(len(features), num_labels, dtype=torch.float64, device=device)
-    done, mine = 0, -(-len(features) // data.size)
-    for batch in evaluation_batches(
-        features, pad_id=pad_id, batch_size=batch_size, data_rank=data.rank, data_size=data.size
-    ):
-        logits = model(batch["tokens"].to(device), batch["lengths"].to(device))
-        found[batch["sample_ids"].to(device)] = logits.double().softmax(-1)
-        done += len(logits)
-        heartbeat.beat()
-        if on_batch is not None:
-            on_batch(done, mine)
-    return data.all_reduce_(found).cpu().numpy()
-
-
-def confusion_and_loss(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-    """(confusion matrix int64 [label, prediction], mean cross entropy) of probabilities ``[examples, classes]``."""
-    num_labels = probabilities.shape[1]
-    confusion = confusion_matrix(probabilities.argmax(1), labels, num_labels)
-    right = probabilities[np.arange(len(labels)), labels]
-    return confusion, float(-np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean())

@@ -80,10 +80,24 @@ def write_results(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         ResourceError: the folder cannot be written.
     """
+    _write(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_texts(texts: Mapping[str, str], folder: Path) -> None:
+    """Write texts by file name, each whole or not at all.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    for name, text in texts.items():
+        _write(folder / name, text)
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         with suppress(OSError):

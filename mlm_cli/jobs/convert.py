@@ -18,16 +18,19 @@ from mlm_cli.checkpoint import hub_write
 from mlm_cli.checkpoint.convert_source import Source, open_source
 from mlm_cli.checkpoint.folder import check_free_space, fsync_path
 from mlm_cli.checkpoint.hub import save_model_folder
-from mlm_cli.checkpoint.hub_read import LAYOUTS
+from mlm_cli.checkpoint.hub_read import LAYOUTS, head_tensors
 from mlm_cli.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files
 from mlm_cli.checkpoint.megatron_write import check_layout, save_megatron_folder
 from mlm_cli.checkpoint.save import versions
+from mlm_cli.checkpoint.weight_files import WeightFiles
+from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout, is_sparse
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.jobs.progress import ByteProgress
-from mlm_cli.models.count import count_parameters
+from mlm_cli.models.count import count_parameters, layer_counts
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.tasks.classifier_folder import load_classifier, read_facts, save_classifier
+from mlm_cli.tasks.registry import task_of
+from mlm_cli.tasks.task_folder import load_task_model, save_task_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,28 +149,29 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
             " classic layout has no word",
             hint="`--to hf` keeps them",
         )
-    classifier = source.is_classifier
+    is_task = source.is_task
     architecture: str | None = None
     if request.to == "hf":
         hub_write.refuse_inexpressible(section)
     if request.to == "megatron":
-        if classifier:
+        if is_task:
             raise UsageError(
-                f"{request.source} is a classifier: Megatron's classic layout has no place for its head",
+                f"{request.source} was fine-tuned to a task: Megatron's classic layout has no place for its head",
                 hint="`--to hf` keeps it",
             )
         check_layout(section, tensor=request.tensor, pipeline=request.pipeline, version=request.checkpoint_version)
     else:
-        architecture = LAYOUTS[hub_layout(section)].architecture(section)
+        architecture = source.task_architecture or LAYOUTS[hub_layout(section)].architecture(section)
+    exact = section.model_copy(update={"make_vocab_size_divisible_by": 1})
     return {
         "source": str(source.shown),
         "source_layout": source.layout,
         "target": request.target,
         "to": request.to,
         "architecture": architecture,
-        "classifier": classifier,
+        "task": is_task,
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": count_parameters(section.model_copy(update={"make_vocab_size_divisible_by": 1})),
+        "parameters": _task_parameters(source, exact) if is_task else count_parameters(exact),
         "vocab_size": section.vocab_size,
         "tokenizer": source.tokenizer.fingerprint if source.tokenizer is not None else None,
         "step": source.step,
@@ -183,6 +187,13 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
     }
 
 
+def _task_parameters(source: Source, section: ModelSection) -> int:
+    """Parameters of a model with a task's head in place of its own; ``section`` without padding rows."""
+    with WeightFiles(source.folder) as files:
+        head = sum(files.numel(name) for name in head_tensors(section, files))
+    return head + sum(layer.held(1) for layer in layer_counts(section) if layer.name != "head")
+
+
 def _write(
     request: ConvertRequest, source: Source, building: Path, dtype: torch.dtype, on_bytes: Callable[[int], None]
 ) -> dict[str, Any]:
@@ -192,14 +203,13 @@ def _write(
         log.warn(f"no tokenizer beside {request.source}: none is written (name one with --tokenizer)")
     meta = {"name": Path(request.target).name, "converted from": request.source, "steps": source.step}
     inner = building / _WHERE_WEIGHTS_ARE.get(request.to, ".")
-    if source.is_classifier:
-        facts = read_facts(source.folder)
-        classifier, _ = load_classifier(source.folder, one, dtype=dtype)
+    if source.is_task:
         if source.tokenizer is None:
             raise CheckpointError(
-                f"{request.source} is a classifier without its tokenizer", hint="name one with --tokenizer"
+                f"{request.source} was fine-tuned to a task and has no tokenizer", hint="name one with --tokenizer"
             )
-        save_classifier(classifier, inner, source.tokenizer, facts, meta=meta)
+        task = task_of(source.folder, source.tokenizer)
+        save_task_model(load_task_model(source.folder, one, task.head, dtype=dtype), task, inner, meta=meta)
     elif request.to == "megatron":
         command = save_megatron_folder(
             source.load(one, dtype, on_bytes),

@@ -11,30 +11,25 @@ from typing import Any
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
-from mlm_cli.checkpoint.hub import load_model_folder, read_model_config
+from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 from mlm_cli.errors import UsageError
-from mlm_cli.evaluation.classify import ClassificationEvaluator, classification_result
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
+from mlm_cli.jobs.evaluate_task import evaluate_task
 from mlm_cli.jobs.scoring_parts import (
     Progress,
-    classification_facts,
     context_length,
     dtype_of,
     language_model_section,
     perplexity_facts,
     prefix_of,
-    read_labelled,
-    task_section,
     tokenizer_of,
 )
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.tasks.classification import encode_examples
-from mlm_cli.tasks.classifier_folder import load_classifier, read_facts
 
 RESULTS = "results.json"
 
@@ -81,10 +76,11 @@ def _check(request: EvaluateRequest, tasks: Sequence[str]) -> None:
 def _score(
     task: str, request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext
 ) -> list[TaskResult]:
+    if task != "perplexity":
+        return evaluate_task(task, request, members, parallel, output=_output_folder(request))
     if request.ensemble:
-        return ensemble.TASKS[task](request, members, parallel)
-    known = {"perplexity": _perplexity, "classification": _classification}
-    return [known[task](request, members[request.model], parallel)]
+        return ensemble.perplexity(request, members, parallel)
+    return [_perplexity(request, members[request.model], parallel)]
 
 
 def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:
@@ -106,32 +102,6 @@ def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContex
         )
     facts = perplexity_facts(request, length, prefix)
     return perplexity_result(tally, documents, name="perplexity", config=facts)
-
-
-def _classification(request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:
-    facts = read_facts(folder)
-    section, _ = read_model_config(folder)
-    task = task_section(request, folder)
-    tokenizer = agree.all_succeed(lambda: tokenizer_of(request, folder, section))
-    paths, examples = agree.all_succeed(lambda: read_labelled(request, task))
-    chosen = examples[: request.limit]
-    length = min(context_length(request, section), facts.max_length)
-    features = agree.all_succeed(lambda: encode_examples(chosen, facts.labels, tokenizer, length))
-    model, _ = agree.all_succeed(lambda: load_classifier(folder, parallel, dtype=dtype_of(request)))
-    model.requires_grad_(False)
-    evaluator = ClassificationEvaluator(
-        features, parallel, num_labels=len(facts.labels), pad_id=facts.pad_id, batch_size=request.batch_size
-    )
-    with Progress("classification") as progress:
-        confusion, loss = evaluator.count(model, progress.update)
-    return classification_result(
-        confusion,
-        loss,
-        facts.labels,
-        seed=request.seed,
-        config=classification_facts(paths, task, length),
-        num_original=len(examples),
-    )
 
 
 def _config(request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, resolve_model
 from mlm_cli.checkpoint.load import load_state
-from mlm_cli.checkpoint.manifest import read_manifest
-from mlm_cli.checkpoint.save import Checkpointer, Identity
+from mlm_cli.checkpoint.save import Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic
 from mlm_cli.config.schema import Recipe, TaskSection
 from mlm_cli.config.shapes import check_slices
+from mlm_cli.config.tasks import metric_of
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from mlm_cli.errors import CheckpointError, UsageError
-from mlm_cli.evaluation.classify import ClassificationEvaluator
+from mlm_cli.errors import UsageError
+from mlm_cli.evaluation.task_scores import TaskEvaluator
+from mlm_cli.jobs.finetune_best import Best, BestCheckpointer, score_of_best
+from mlm_cli.jobs.task_data import TaskData, read_task
 from mlm_cli.jobs.training_parts import (
     FREE_MODEL_KEYS,
     build_monitor,
@@ -38,30 +39,19 @@ from mlm_cli.jobs.training_parts import (
     seed_everything,
     watch_ranks,
 )
-from mlm_cli.models.heads import SequenceClassifier
-from mlm_cli.models.registry import build_gpt
+from mlm_cli.models.heads import TaskModel, reads_first_token
+from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
-from mlm_cli.tasks.classification import Features, columns_of, encode_examples, label_names, training_batches
-from mlm_cli.tasks.classifier_folder import ClassifierFacts, pad_id_of, save_classifier, start_classifier
-from mlm_cli.tasks.labelled_text import read_examples
+from mlm_cli.tasks.batches import training_batches
+from mlm_cli.tasks.task import Task
+from mlm_cli.tasks.task_folder import save_task_model, start_task_model
 from mlm_cli.training.allocator import keep_freed_memory
-from mlm_cli.training.engine import Engine, build_engine, choose_engine
+from mlm_cli.training.engine import Engine, Objective, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session
 from mlm_cli.training.stop import Cause, StopFlag, exit_code, find_deadline
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """The task as numbers: examples of both files, the names of the classes, what identifies the data."""
-
-    train: Features
-    dev: Features
-    facts: ClassifierFacts
-    fingerprint: str
-
 
 Later = list[Callable[[], None]] | None  # what is left to write, for the background
 
@@ -97,12 +87,12 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer or str(source)))
         batch = batch_arithmetic(recipe, parallel.world.size)
         recipe = _with_model(recipe, source, tokenizer)
-        data = agree.all_succeed(lambda: read_task(task, tokenizer, recipe.model.seq_length))
+        data = agree.all_succeed(lambda: read_task(task, tokenizer, recipe.model))
         with (
             open_session(_with_steps(recipe, task, batch, len(data.train)), stop) as session,
             watch_ranks(session, parallel),
         ):
-            return _run(session, tokenizer, data, batch, parallel, source)
+            return _run(session, data, batch, parallel, source)
     finally:
         distributed.shutdown()
 
@@ -110,6 +100,7 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
 def _with_model(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> Recipe:
     """The recipe with the architecture of the model it starts from; dropout and the like as the recipe says."""
     section, _ = read_model_config(source)
+    reads_first_token(section)  # a family with heads for tasks?
     check_vocabulary(section, tokenizer, str(source))
     given = {key: getattr(recipe.model, key) for key in FREE_MODEL_KEYS if key in recipe.model.model_fields_set}
     given["attention"] = kept_pattern(recipe.model.attention, section.attention)
@@ -132,32 +123,7 @@ def _with_steps(recipe: Recipe, task: TaskSection, batch: Batch, num_examples: i
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
 
 
-def read_task(task: TaskSection, tokenizer: Tokenizer, seq_length: int) -> TaskData:
-    """Read, check and encode both files of a classification task.
-
-    Raises:
-        DataError: naming file and line.
-        UsageError: texts longer than the model's context are asked for.
-    """
-    if task.max_length is not None and task.max_length > seq_length:
-        raise UsageError(
-            f"task.max_length {task.max_length} is beyond the model's context of {seq_length} tokens",
-            hint=f"use task.max_length={seq_length} or less",
-        )
-    max_length = task.max_length or seq_length
-    examples, held_out = (read_examples(path, columns_of(task)) for path in (task.train, task.dev))
-    labels = label_names(examples, task.labels)
-    features, dev = (encode_examples(part, labels, tokenizer, max_length) for part in (examples, held_out))
-    digest = sha256(f"{tokenizer.fingerprint} {labels} {max_length}".encode())
-    for ids in features.ids:
-        digest.update(ids.tobytes() + b"|")
-    digest.update(features.labels.tobytes())
-    return TaskData(features, dev, ClassifierFacts(labels, pad_id_of(tokenizer), max_length), digest.hexdigest())
-
-
-def _run(
-    session: Session, tokenizer: Tokenizer, data: TaskData, batch: Batch, parallel: ParallelContext, source: Path
-) -> int:
+def _run(session: Session, data: TaskData, batch: Batch, parallel: ParallelContext, source: Path) -> int:
     recipe = session.recipe
     session.check_data(data.fingerprint)
     if session.found is not None and session.complete:
@@ -166,7 +132,7 @@ def _run(
         session.status.update("finished", step=step, exit_code=0)
         return 0
 
-    start = _start(session, tokenizer, data, batch, parallel, source)
+    start = _start(session, data, batch, parallel, source)
     best, position = start.checkpointer.best, start.position
     plan = Plan(
         steps=recipe.train.steps,
@@ -178,7 +144,6 @@ def _run(
     )
     supply = training_batches(
         data.train,
-        pad_id=data.facts.pad_id,
         seed=recipe.seed,
         micro_batch_size=batch.micro_batch_size,
         global_batch_size=batch.global_batch_size,
@@ -186,12 +151,13 @@ def _run(
         data_size=parallel.data.size,
         start_sample=position.consumed_samples,
     )
-    evaluator = ClassificationEvaluator(
+    evaluator = TaskEvaluator(
+        data.task,
+        data.dev_examples,
         data.dev,
         parallel,
-        num_labels=len(data.facts.labels),
-        pad_id=data.facts.pad_id,
         batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
+        seed=recipe.seed,
     )
     # FLOP/s are not reported: they depend on the lengths of the texts.
     monitor = build_monitor(session, parallel, start.dtype, position, flops_per_token=None)
@@ -201,7 +167,7 @@ def _run(
             plan,
             start.engine,
             supply,
-            objective,
+            _objective(data.task),
             build_schedule(recipe),
             start=position,
             parallel=parallel,
@@ -238,9 +204,7 @@ class _Start:
     dtype: torch.dtype
 
 
-def _start(
-    session: Session, tokenizer: Tokenizer, data: TaskData, batch: Batch, parallel: ParallelContext, source: Path
-) -> _Start:
+def _start(session: Session, data: TaskData, batch: Batch, parallel: ParallelContext, source: Path) -> _Start:
     recipe = session.recipe
     dtype = choose_dtype(recipe.train.precision, parallel.device)
     seed_everything(recipe.seed, parallel)
@@ -262,13 +226,13 @@ def _start(
         position = load_state(session.found, engine, streams, parallel)
         log.info(f"resuming {session.run} from {session.found.folder.name}")
 
-    assert recipe.task is not None
-    best = Best(f"dev_{recipe.task.metric}", session.run.best, _score_of_best(session))
+    metric = f"dev_{metric_of(data.task.section)}"
+    best = Best(metric, session.run.best, score_of_best(session, metric))
     checkpointer = BestCheckpointer(
         session.run,
         engine,
         parallel,
-        write_model=_model_writer(model, tokenizer, data.facts, recipe),
+        write_model=_model_writer(model, data.task, recipe),
         streams=streams,
         identity=Identity(session.recipe_hash, data.fingerprint),
         keep_last=recipe.checkpoint.keep_last,
@@ -280,73 +244,30 @@ def _start(
     return _Start(engine, streams, checkpointer, position, dtype)
 
 
-def objective(model: SequenceClassifier, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Cross entropy of the class, a mean over the texts."""
-    loss, _ = model.loss(batch)
-    return loss, {"tokens": batch["lengths"].sum()}
+def _objective(task: Task) -> Objective:
+    """The task's loss, a mean over the micro-batch."""
+
+    def objective(model: TaskModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        loss, _ = task.loss(model(batch), batch)
+        return loss, {"tokens": batch["lengths"].sum()}
+
+    return objective
 
 
 def _build_model(
     recipe: Recipe, data: TaskData, parallel: ParallelContext, dtype: torch.dtype, source: Path | None
-) -> tuple[SequenceClassifier, RandomStreams]:
+) -> tuple[TaskModel, RandomStreams]:
     """The model in float32, with the weights in ``source``; None: unfilled, a checkpoint will fill it."""
-    num_labels = len(data.facts.labels)
     if source is not None:
-        changes = free_settings(recipe.model)
-        model = agree.all_succeed(
-            lambda: start_classifier(source, parallel, num_labels=num_labels, seed=recipe.seed, changes=changes)
-        )
+        changes, spec = free_settings(recipe.model), data.task.head
+        model = agree.all_succeed(lambda: start_task_model(source, parallel, spec, seed=recipe.seed, changes=changes))
     else:
-        model = SequenceClassifier(build_gpt(recipe.model, parallel, init=False), num_labels, seed=None)
-    streams = prepare_for_training(model.gpt, recipe, parallel, dtype)
+        model = TaskModel(build_model(recipe.model, parallel, init=False, head=False), data.task.head, seed=None)
+    streams = prepare_for_training(model.backbone, recipe, parallel, dtype)
     return model.train(), streams
 
 
-class Best:
-    """The best evaluation of the run so far. Higher is better; of equals the first stays."""
-
-    def __init__(self, metric: str, step_of_best: Callable[[], int | None], score: float | None) -> None:
-        self.metric, self._step, self.score = metric, step_of_best, score
-
-    def beaten_by(self, values: Mapping[str, float]) -> bool:
-        return self.metric in values and (self.score is None or values[self.metric] > self.score)
-
-    def describe(self) -> str:
-        return "" if self.score is None else f"; best {self.metric} {self.score:.4f} at step {self._step():,}"
-
-
-class BestCheckpointer(Checkpointer):
-    """Points the run folder's ``best`` at a checkpoint, once it is whole, whose evaluation beats all earlier ones."""
-
-    best: Best
-
-    def committed(self, position: Position, metrics: dict[str, float]) -> None:
-        if self.best.beaten_by(metrics):
-            agree.on_rank_zero(lambda: self.run.set_best(position.step))
-            self.best.score = metrics[self.best.metric]
-
-
-def _score_of_best(session: Session) -> float | None:
-    """The score to beat when a run goes on: that in the manifest of its best checkpoint."""
-    assert session.recipe.task is not None
-    name = f"dev_{session.recipe.task.metric}"
-
-    def read() -> float | None:
-        step = session.run.best()
-        if step is None or session.found is None:
-            return None
-        try:
-            return read_manifest(session.run.checkpoint(step)).metrics.get(name)
-        except CheckpointError as error:
-            log.warn(f"the best checkpoint so far is damaged and counts no more: {error.message}")
-            return None
-
-    return agree.on_rank_zero(read)
-
-
-def _model_writer(
-    model: SequenceClassifier, tokenizer: Tokenizer, facts: ClassifierFacts, recipe: Recipe
-) -> Callable[..., None]:
+def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[..., None]:
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
     def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> None:
@@ -356,10 +277,13 @@ def _model_writer(
             "steps": position.step,
             "examples": position.consumed_samples,
             "training loss": metrics.get("loss"),
-            "accuracy on the dev file": metrics.get("dev_accuracy"),
-            "F1 on the dev file": metrics.get("dev_f1"),
+            **{
+                f"{name.removeprefix('dev_').replace('_', ' ')} on the dev file": value
+                for name, value in metrics.items()
+                if name.startswith("dev_")
+            },
         }
-        save_classifier(model, folder, tokenizer, facts, meta=meta, dtype=dtype, later=later)
+        save_task_model(model, task, folder, meta=meta, dtype=dtype, later=later)
 
     return write
 
@@ -367,7 +291,9 @@ def _model_writer(
 def _say_plan(recipe: Recipe, data: TaskData, batch: Batch, kind: str, dtype: torch.dtype) -> None:
     epochs = recipe.train.steps * batch.global_batch_size / len(data.train)
     label = "bf16" if dtype == torch.bfloat16 else "fp32"
+    labels = f", labels {', '.join(data.task.labels)}" if data.task.labels else ""
     log.info(
-        f"{len(data.train):,} examples for training, {len(data.dev):,} for dev, labels {', '.join(data.facts.labels)}; "
-        f"{recipe.train.steps:,} steps of {batch.global_batch_size} ({epochs:.1f} epochs), {label}, {kind} engine"
+        f"{data.task.name.replace('_', ' ')}: {len(data.train):,} samples for training, {len(data.dev):,} for dev"
+        f"{labels}; {recipe.train.steps:,} steps of {batch.global_batch_size} ({epochs:.1f} epochs), {label}, {kind} "
+        "engine"
     )

@@ -1,62 +1,39 @@
-"""What the parts of ``mlm evaluate`` share: columns, tokenizer, context, precision, and the bar of progress."""
+"""What the parts of ``mlm evaluate`` share: tokenizer, context, precision, and the bar of progress."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mlm_cli import log
-from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config
+from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, task_class
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
-from mlm_cli.tasks.classification import columns_of
-from mlm_cli.tasks.labelled_text import Example, read_examples
 
 if TYPE_CHECKING:
-    from mlm_cli.config.schema import ModelSection, TaskSection
-
-
-def task_section(request: EvaluateRequest, folder: Path) -> TaskSection:
-    """Columns of the data: those given by hand, else those of the run that made the model."""
-    from pydantic import ValidationError
-
-    from mlm_cli.config.resolve import resolve_recipe
-    from mlm_cli.config.schema import TaskSection
-
-    values: dict[str, Any] = {"train": "", "dev": ""}
-    recipe = folder.parent.parent / "recipe.yaml"  # RUN/step-N/model
-    if folder.name == "model" and recipe.is_file():
-        section = resolve_recipe(str(recipe)).task
-        values |= section.model_dump(exclude_unset=True) if section is not None else {}
-    given = dict(request.task_keys)
-    if given.keys() & {"text_column", "label_column", "text_pair_column"} and "header" not in given:
-        values.pop("header", None)  # what was true of the training file says nothing about columns named anew
-    try:
-        return TaskSection(**{**values, **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"task.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    from mlm_cli.config.schema import ModelSection
 
 
 def language_model_section(folder: Path, name: str) -> ModelSection:
     """The model section of a model that predicts text.
 
     Raises:
-        UsageError: ``name`` is a classifier, or of a family that gives no probability of each next word.
+        UsageError: ``name`` was fine-tuned to a task, or does not read from left to right.
     """
     section, config = read_model_config(folder)
-    if any("Classification" in str(kind) for kind in config.get("architectures", list, [])):
-        raise UsageError(f"{name} is a classifier: it predicts no text", hint="use --task classification")
+    own = config.get("mlm_task", dict, {})
+    if own or task_class(config) is not None:
+        task = own.get("name", "classification")
+        raise UsageError(f"{name} was fine-tuned to a task: it predicts no text", hint=f"use --task {task}")
     if section.family != "gpt":
         what = {"bert": "a masked language model", "t5": "an encoder-decoder"}[section.family]
         raise UsageError(
-            f"{name} is {what}: it gives no probability of each next word of a text",
+            f"{name} is {what}: it has no probability of a text from left to right",
             hint="its loss on masked words is the `valid_loss` of pretraining; perplexity is for family gpt",
         )
     return section
@@ -75,31 +52,6 @@ def perplexity_facts(request: EvaluateRequest, length: int, prefix: int | None) 
         "max_length": length,
         "stride": request.stride or length,
         "prefix_token_id": prefix,
-    }
-
-
-def read_labelled(request: EvaluateRequest, task: TaskSection) -> tuple[tuple[str, ...], list[Example]]:
-    """(files, their examples): those of the request, else the dev file of the run that made the model.
-
-    Raises:
-        UsageError: neither names a file. DataError: a file that cannot be used.
-    """
-    paths = request.data or ((task.dev,) if task.dev else ())
-    if not paths:
-        raise UsageError("classification needs a labelled file", hint="give one with --data")
-    columns = columns_of(task)
-    return tuple(paths), [example for path in paths for example in read_examples(path, columns)]
-
-
-def classification_facts(paths: Sequence[str], task: TaskSection, length: int) -> dict[str, object]:
-    """How classification was scored, for ``results.json``."""
-    return {
-        "dataset_path": list(paths),
-        "output_type": "classification",
-        "max_length": length,
-        "text_column": task.text_column,
-        "text_pair_column": task.text_pair_column,
-        "label_column": task.label_column,
     }
 
 

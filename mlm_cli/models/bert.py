@@ -106,14 +106,19 @@ class Bert(Model):
     score_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     def __init__(
-        self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, part: range | None = None
+        self,
+        model: ModelSection,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        part: range | None = None,
+        head: bool = True,
     ) -> None:
-        super().__init__(model, parallel, dtype, bert_layer_specs(model, parallel, dtype), part)
+        super().__init__(model, parallel, dtype, bert_layer_specs(model, parallel, dtype), part, head)
         if model.binary_head != "none":
             self.score_names = ("loss", "accuracy", "binary_loss", "binary_accuracy")  # type: ignore[misc]
 
     def read_outside(self) -> list[Tensor]:
-        return [self.output_weight, self.head.bias]
+        return [] if self.head is None else [self.output_weight, self.head.bias]
 
     def info(self, batch: Batch) -> SequenceInfo:
         return encoder_info(

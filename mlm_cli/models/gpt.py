@@ -68,9 +68,14 @@ class GPT(Model):
     head: Head
 
     def __init__(
-        self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, part: range | None = None
+        self,
+        model: ModelSection,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        part: range | None = None,
+        head: bool = True,
     ) -> None:
-        super().__init__(model, parallel, dtype, gpt_layer_specs(model, parallel, dtype), part)
+        super().__init__(model, parallel, dtype, gpt_layer_specs(model, parallel, dtype), part, head)
 
     def hidden(
         self,

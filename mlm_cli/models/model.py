@@ -29,6 +29,7 @@ class Model(nn.Module):
         model: architecture, ``vocab_size`` set.
         specs: the family's whole list; the first entry is the embedding, the last the head.
         part: numbers of the entries that are built here; unset: all.
+        head: False leaves the head of pretraining out (it is None): a task's stands in its place (``models.heads``).
 
     Attributes:
         config: the model section it was built from.
@@ -50,8 +51,10 @@ class Model(nn.Module):
         dtype: torch.dtype,
         specs: list[LayerSpec],
         part: range | None = None,
+        head: bool = True,
     ) -> None:
         super().__init__()
+        specs = specs if head else specs[:-1]
         self.config, self.parallel, self.dtype = model, parallel, dtype
         self.recompute = False
         self.streams: RandomStreams | None = None
@@ -70,6 +73,8 @@ class Model(nn.Module):
             container, _, number = spec.name.partition(".")
             if not hasattr(self, container):
                 setattr(self, container, nn.ModuleList() if number else None)
+        if not head:
+            self.head: Any = None
         self._rotary = RotaryTable.of(model)
 
     def _add(self, spec: LayerSpec) -> None:
@@ -107,7 +112,7 @@ class Model(nn.Module):
 
     def read_outside(self) -> list[Tensor]:
         """Parameters that are used outside of their module's ``forward`` (ZeRO-3 must know)."""
-        return [self.output_weight]
+        return [] if self.head is None else [self.output_weight]
 
     def set_streams(self, streams: RandomStreams) -> None:
         """Draw dropout inside sliced regions from ``streams``."""

@@ -23,6 +23,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 1234,
     init: bool = True,
+    head: bool = True,
 ) -> Model:
     """Build this rank's slice of a model, and its stage where ``parallel.pipeline`` has several.
 
@@ -31,11 +32,12 @@ def build_model(
         dtype: of weights and activations.
         seed: initial weights are a function of it and the parameter's name, whatever the layout.
         init: False leaves weights unfilled (they will be loaded).
+        head: False leaves the head of pretraining out, for a task's (``models.heads``).
     """
     part = None
     if parallel.pipeline.size > 1:
         part = balance(layer_costs(model), parallel.pipeline.size)[parallel.pipeline.rank]
-    built = FAMILIES[model.family](model, parallel, dtype, part)
+    built = FAMILIES[model.family](model, parallel, dtype, part, head)
     if init:
         initialize(built, parallel, seed)
     return built

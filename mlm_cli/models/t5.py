@@ -118,9 +118,14 @@ class T5(Model):
     score_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     def __init__(
-        self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype, part: range | None = None
+        self,
+        model: ModelSection,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        part: range | None = None,
+        head: bool = True,
     ) -> None:
-        super().__init__(model, parallel, dtype, t5_layer_specs(model, parallel, dtype), part)
+        super().__init__(model, parallel, dtype, t5_layer_specs(model, parallel, dtype), part, head)
         for name in ("encoder_bias", "decoder_bias"):
             if name not in self.shared:
                 setattr(self, name, None)

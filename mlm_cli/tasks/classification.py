@@ -1,27 +1,105 @@
-"""Text classification: examples -> token ids and label numbers, padded batches, and the scores of predictions."""
+"""Text classification: one class for a text, or for a pair of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from mlm_cli.data.order import derive_key, permute_many
-from mlm_cli.data.tokenizer import Tokenizer
+from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.errors import DataError
-from mlm_cli.tasks.labelled_text import Columns, Example
-
-if TYPE_CHECKING:
-    import torch
-
-_WINDOW_BATCHES = 16  # global batches that are sorted by length together
+from mlm_cli.models.heads import HeadSpec
+from mlm_cli.tasks.features import Features
+from mlm_cli.tasks.labelled_text import Example, columns_of, read_examples
+from mlm_cli.tasks.task import Batch, Scores, Task
 
 
-def columns_of(section: Any) -> Columns:
-    """The columns that a recipe's ``task`` section (``config.schema.TaskSection``) names."""
-    return Columns(section.text_column, section.label_column, section.text_pair_column, section.header)
+class Classification(Task):
+    """Cross entropy over the classes; accuracy and F1."""
+
+    name: ClassVar[str] = "classification"
+    has_labels: ClassVar[bool] = True
+
+    @staticmethod
+    def architecture(model: ModelSection) -> str:
+        return "ForSequenceClassification"
+
+    @staticmethod
+    def read(path: str, section: TaskSection) -> list[Example]:
+        return read_examples(path, columns_of(section))
+
+    @staticmethod
+    def find_labels(examples: Sequence[Example], section: TaskSection) -> tuple[str, ...]:
+        return label_names(examples, section.labels)
+
+    def features(self, examples: Sequence[Example], *, training: bool = False) -> Features:
+        """Raises DataError at a label that is not among the task's, naming file and line."""
+        for example in examples:
+            if example.label not in self.labels:
+                raise DataError(
+                    f"{example.where}: label `{example.label}` is not one of "
+                    f"{', '.join(f'`{name}`' for name in self.labels)}",
+                    hint="name all labels in task.labels, or mend the file",
+                )
+        return Features(rows_of(self, examples), self.encoder.pad_id, {"labels": self._truth(examples)})
+
+    @property
+    def head(self) -> HeadSpec:
+        return HeadSpec("sequence", len(self.labels))
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return F.cross_entropy(outputs, batch["labels"]), torch.tensor(len(outputs))
+
+    def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
+        """Probabilities of the classes, float64 [labels]."""
+        return list(outputs.double().softmax(-1).cpu().numpy())
+
+    def reordered(self, answers: Sequence[np.ndarray], order: Sequence[int]) -> list[np.ndarray]:
+        return [probabilities[list(order)] for probabilities in answers]
+
+    def _truth(self, examples: Sequence[Example]) -> np.ndarray:
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        return np.array([numbers[example.label] for example in examples], dtype=np.int64)
+
+    def loss_of(self, answers: Sequence[np.ndarray], examples: Sequence[Example]) -> float:
+        return negative_log(probabilities[label] for probabilities, label in zip(answers, self._truth(examples)))
+
+    def score(self, answers: Sequence[np.ndarray], examples: Sequence[Example], *, seed: int) -> Scores:
+        """The error of F1 is by bootstrap, that of the accuracy exact."""
+        predicted = np.array([probabilities.argmax() for probabilities in answers])
+        confusion = confusion_matrix(predicted, self._truth(examples), len(self.labels))
+        most_common = int(confusion.sum(1).argmax())
+        facts = {
+            "labels": list(self.labels),
+            "f1": f"of the class `{self.labels[1]}`" if len(self.labels) == 2 else "macro",
+            "confusion": {"rows": "label", "columns": "prediction", "counts": confusion.tolist()},
+            "majority_baseline": {
+                "label": self.labels[most_common],
+                "accuracy": confusion.sum(1).max() / confusion.sum(),
+            },
+        }
+        metrics = {name: float(value) for name, value in scores(confusion).items()}
+        return Scores(metrics, standard_errors(confusion, seed=seed), facts)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "problem_type": "single_label_classification"}
+
+
+def negative_log(probabilities: Iterable[float]) -> float:
+    """Mean cross entropy, from the probabilities of what was right."""
+    right = np.maximum(np.fromiter(probabilities, dtype=np.float64), np.finfo(np.float64).tiny)
+    return float(-np.log(right).mean())
+
+
+def rows_of(task: Task, examples: Sequence[Example]) -> tuple[Any, ...]:
+    """A row for each text, or each pair of texts."""
+    paired = any(example.text_pair is not None for example in examples)
+    pairs = [example.text_pair or "" for example in examples] if paired else None
+    return tuple(task.encoder.rows([example.text for example in examples], pairs))
 
 
 def label_names(examples: Sequence[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -42,143 +120,6 @@ def label_names(examples: Sequence[Example], given: Sequence[str] | None = None)
             hint="check task.label_column, or name the labels in task.labels",
         )
     return names
-
-
-@dataclass(frozen=True)
-class Features:
-    """Examples as numbers: ``ids`` per example (never empty) and ``labels`` int64 [examples]."""
-
-    ids: tuple[np.ndarray, ...]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def encode_examples(
-    examples: Sequence[Example], labels: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> Features:
-    """Token ids and label numbers.
-
-    A pair is joined by the end-of-document token (a line break where there is none). Too long texts lose their end;
-    of a pair the longer text is cut first. An empty text becomes one end-of-document token.
-
-    Raises:
-        DataError: a label that is not among ``labels``, naming file and line.
-    """
-    numbers = {name: number for number, name in enumerate(labels)}
-    for example in examples:
-        if example.label not in numbers:
-            raise DataError(
-                f"{example.where}: label `{example.label}` is not one of {', '.join(f'`{name}`' for name in labels)}",
-                hint="name all labels in task.labels, or mend the file",
-            )
-    first = tokenizer.encode_batch([example.text for example in examples])
-    joint = [tokenizer.eod_id] if tokenizer.eod_id is not None else tokenizer.encode("\n")
-    if any(example.text_pair is not None for example in examples):
-        second = tokenizer.encode_batch([example.text_pair or "" for example in examples])
-        ids = [_join(a, joint, b, max_length) for a, b in zip(first, second, strict=True)]
-    else:
-        ids = [tokens[:max_length] for tokens in first]
-    arrays = tuple(np.array(tokens or joint[:1], dtype=np.int64) for tokens in ids)
-    return Features(arrays, np.array([numbers[example.label] for example in examples], dtype=np.int64))
-
-
-def _join(first: Sequence[int], joint: Sequence[int], second: Sequence[int], max_length: int) -> list[int]:
-    room = max(max_length - len(joint), 0)
-    # The shorter keeps all it has while the longer gives way, down to equal halves.
-    keep_second = min(len(second), max(room - len(first), room // 2))
-    keep_first = min(len(first), room - keep_second)
-    return [*first[:keep_first], *joint, *second[:keep_second]][:max_length]
-
-
-def collate(features: Features, numbers: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch padded on the right to its longest text.
-
-    Returns:
-        ``tokens`` int64 [b, s], ``lengths`` int64 [b], ``labels`` int64 [b], ``sample_ids`` int64 [b].
-    """
-    import torch
-
-    rows = [features.ids[number] for number in numbers]
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    tokens = np.full((len(rows), int(lengths.max())), pad_id, dtype=np.int64)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)] = row
-    arrays = {
-        "tokens": tokens,
-        "lengths": lengths,
-        "labels": features.labels[list(numbers)],
-        "sample_ids": np.array(numbers, dtype=np.int64),
-    }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-class TrainingOrder:
-    """Which examples each global batch holds: every example once an epoch, texts of like length together.
-
-    Draws are numbered over all epochs; draw g is a pure function of (seed, g), so a resume needs one integer. Runs of
-    ``16 * global_batch_size`` draws are sorted by length, cut into batches, and the batches put in random order.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, global_batch_size: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.global_batch_size, self.seed = global_batch_size, seed
-        self._window: tuple[int, np.ndarray] | None = None
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    def global_batch(self, step: int) -> np.ndarray:
-        """Example numbers of global batch ``step``, int64 [global_batch_size], ascending in length."""
-        window, place = divmod(step, _WINDOW_BATCHES)
-        if self._window is None or self._window[0] != window:
-            self._window = (window, self._make_window(window))
-        return self._window[1][place]
-
-    def _make_window(self, window: int) -> np.ndarray:
-        size = _WINDOW_BATCHES * self.global_batch_size
-        drawn = np.array([self._draw(window * size + i) for i in range(size)], dtype=np.int64)
-        ordered = drawn[np.argsort(self.lengths[drawn], kind="stable")].reshape(_WINDOW_BATCHES, -1)
-        places = permute_many(np.arange(_WINDOW_BATCHES), _WINDOW_BATCHES, derive_key(self.seed, 2, window))
-        return ordered[places]
-
-    def _draw(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.lengths))
-        if self._epoch is None or self._epoch[0] != epoch:
-            key = derive_key(self.seed, 1, epoch)
-            self._epoch = (epoch, permute_many(np.arange(len(self.lengths)), len(self.lengths), key))
-        return int(self._epoch[1][place])
-
-
-def training_batches(
-    features: Features,
-    *,
-    pad_id: int,
-    seed: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    data_rank: int = 0,
-    data_size: int = 1,
-    start_sample: int = 0,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of one data rank without end, from ``start_sample`` (a multiple of the global batch) on."""
-    order = TrainingOrder([len(ids) for ids in features.ids], global_batch_size=global_batch_size, seed=seed)
-    step, rest = divmod(start_sample, global_batch_size)
-    if rest:
-        raise ValueError(f"start_sample {start_sample} is not a multiple of the global batch {global_batch_size}")
-    while True:
-        numbers = order.global_batch(step)
-        for first in range(data_rank * micro_batch_size, global_batch_size, data_size * micro_batch_size):
-            yield collate(features, numbers[first : first + micro_batch_size].tolist(), pad_id)
-        step += 1
-
-
-def evaluation_batches(
-    features: Features, *, pad_id: int, batch_size: int, data_rank: int = 0, data_size: int = 1
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Every example once over all data ranks, long ones first."""
-    order = np.argsort([-len(ids) for ids in features.ids], kind="stable")
-    for first in range(data_rank * batch_size, len(order), data_size * batch_size):
-        yield collate(features, order[first : first + batch_size].tolist(), pad_id)
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:

@@ -5,29 +5,45 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlm_cli.config.schema import TaskSection
 from mlm_cli.data.compressed import PACKED, open_unpacked
 from mlm_cli.errors import DataError
 
 Column = str | int
 
 
+# Values of a row by the column they were asked for under; a list of texts only where one may be.
+Values = dict[Column, Any]
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Where a row holds what. Columns are names, or numbers from 0; ``header`` None: there is one if a name is used."""
+    """Where a row holds what. Columns are names, or numbers from 0; ``header`` None: there is one if a name is used.
+
+    ``choices``: columns of a question's choices, one each, or a single one with a list (``.jsonl``).
+    """
 
     text: Column = "text"
     label: Column = "label"
     text_pair: Column | None = None
     header: bool | None = None
+    choices: tuple[Column, ...] = ()
 
     @property
     def asked(self) -> list[Column]:
-        return [column for column in (self.text, self.text_pair, self.label) if column is not None]
+        return [column for column in (self.text, self.text_pair, self.label, *self.choices) if column is not None]
+
+    @property
+    def lists(self) -> tuple[Column, ...]:
+        """Columns that may hold a list of texts."""
+        return self.choices if len(self.choices) == 1 else ()
 
     @property
     def has_header(self) -> bool:
@@ -36,12 +52,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text. ``where`` is its ``file:line``."""
+    """One labelled text. ``where`` is its ``file:line``; ``choices`` the texts to choose from."""
 
     text: str
     text_pair: str | None
     label: str
     where: str
+    choices: tuple[str, ...] = ()
+
+
+def columns_of(section: TaskSection) -> Columns:
+    """The columns that a recipe's ``task`` section names."""
+    choices = section.choice_columns if section.name == "multiple_choice" else ()
+    return Columns(section.text_column, section.label_column, section.text_pair_column, section.header, choices)
 
 
 def read_examples(path: str | Path, columns: Columns) -> list[Example]:
@@ -55,18 +78,47 @@ def read_examples(path: str | Path, columns: Columns) -> list[Example]:
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     if suffix not in (".tsv", ".csv", ".jsonl"):
         raise DataError(f"{path}: labelled text is read from .tsv, .csv or .jsonl files (also .gz or .zst)")
+    with opened_text(path) as file:
+        rows = _json_rows(path, file, columns) if suffix == ".jsonl" else _table_rows(path, suffix, file, columns)
+        examples = list(rows)
+    if not examples:
+        raise DataError(f"{path} holds no examples")
+    return examples
+
+
+def number_of(example: Example) -> float:
+    """The label as a number.
+
+    Raises:
+        DataError: it is none, naming file and line.
+    """
+    try:
+        value = float(example.label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(
+            f"{example.where}: label `{example.label}` is not a number",
+            hint="check task.label_column; names of classes are for `task.name=classification`",
+        )
+    return value
+
+
+@contextmanager
+def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file, packed or not.
+
+    Raises:
+        DataError: it does not open, is cut off or is not UTF-8.
+    """
     try:
         with _open(path) as file:
-            rows = _json_rows(path, file, columns) if suffix == ".jsonl" else _table_rows(path, suffix, file, columns)
-            examples = list(rows)
+            yield file
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start} of a block") from None
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
-    if not examples:
-        raise DataError(f"{path} holds no examples")
-    return examples
 
 
 def _open(path: Path) -> io.TextIOWrapper:
@@ -124,22 +176,29 @@ def _json_rows(path: Path, file: io.TextIOWrapper, columns: Columns) -> Iterator
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-        values: dict[Column, str] = {}
+        values: Values = {}
         for column in columns.asked:
             try:
                 value = record[column]
             except (KeyError, IndexError, TypeError):
                 keys = ", ".join(f"`{key}`" for key in record) if isinstance(record, dict) else "no keys"
                 raise DataError(f"{where} has no `{column}`; found {keys}") from None
+            if column in columns.lists:
+                if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                    raise DataError(f"{where}: `{column}` is {json.dumps(value)[:40]}, not a list of texts")
+                values[column] = value
+                continue
             if not isinstance(value, str | int | float):
                 raise DataError(f"{where}: `{column}` is {json.dumps(value)[:40]}, not a text or a number")
             values[column] = value if isinstance(value, str) else json.dumps(value)
         yield _example(values, columns, where)
 
 
-def _example(values: dict[Column, str], columns: Columns, where: str) -> Example:
+def _example(values: Values, columns: Columns, where: str) -> Example:
     label = values[columns.label].strip()
     if not label:
         raise DataError(f"{where} has no label (column `{columns.label}` is empty)")
     pair = values[columns.text_pair] if columns.text_pair is not None else None
-    return Example(values[columns.text], pair, label, where)
+    found = [values[column] for column in columns.choices]
+    choices = found[0] if len(found) == 1 and isinstance(found[0], list) else found
+    return Example(values[columns.text], pair, label, where, tuple(choices))

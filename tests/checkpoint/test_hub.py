@@ -206,12 +206,14 @@ def test_dtype_of_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt2 untied", "llama grouped untied"])
 def test_a_classifier_crosses_too(kind: str, tmp_path: Path) -> None:
     """A head in place of the output layer; transformers gives the same class scores."""
-    model, score = ours(kind), torch.randn(3, 32)
+    save_model_folder(ours(kind), tmp_path / "whole")
+    model, _ = load_model_folder(tmp_path / "whole", ONE, head=False)
+    score = torch.randn(3, 32)
     head = Head("ForSequenceClassification", {"score.weight": score}, {"num_labels": 3, "pad_token_id": 0})
     save_model_folder(model, tmp_path, head=head)
     other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = tokens(258) + 1  # no padding token among them
-    again, _ = load_model_folder(tmp_path, ONE)
+    again, _ = load_model_folder(tmp_path, ONE, head=False)
     with WeightFiles(tmp_path) as files, torch.no_grad():
         mine = again.eval().hidden(ids)[:, -1] @ files.read("score.weight").t()
         torch.testing.assert_close(other(ids).logits, mine, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from mlm_cli.config.builtin import builtin_names
 from mlm_cli.config.checks import check
 from mlm_cli.config.derived import batch_arithmetic
 from mlm_cli.config.resolve import resolve_recipe
@@ -135,6 +136,38 @@ def test_keep_best_needs_a_validation_before_each_checkpoint() -> None:
 
     assert keys(100, 50) == keys(100, 100) == []
     assert len(keys(100, 0)) == len(keys(100, 70)) == len(keys(0, 100)) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.name=regression", "task.doc_stride=64"], "`task.doc_stride` means nothing to `task.name` regression"),
+        (["task.name=regression", "task.metric=f1"], "`task.metric` f1 is not measured by regression"),
+        (["task.name=question_answering", "task.metric=exact"], "did you mean `exact_match`?"),
+        (["task.name=embedding"], "`task.text_pair_column` is not set"),
+        (["task.name=token_classification", "task.text_column=word"], "the columns of CoNLL files have numbers"),
+        (["task.name=embedding", "task.pooling=max", "task.text_pair_column=1"], "`task.pooling` must be"),
+        (
+            ["task.name=embedding", "task.text_pair_column=1", "task.loss=contrastive", "train.micro_batch_size=1"],
+            "`task.loss` contrastive tells a pair from the others",
+        ),
+        (["task.name=ner"], "task.name"),
+        (["task.max_anwser_length=3"], "did you mean `task.max_answer_length`?"),
+    ],
+)
+def test_tasks_that_make_no_sense(overrides: list[str], message: str) -> None:
+    base = ["task.train=a.tsv", "task.dev=b.tsv", "init_from=runs/x", "output=runs/y"]
+    with pytest.raises(UsageError) as caught:
+        resolve_recipe(None, [*base, *overrides], verb="finetune")
+    assert message in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("name", [name for name in builtin_names() if name.startswith(("finetune/", "debug/"))])
+def test_recipes_of_tasks_are_whole(name: str) -> None:
+    if resolve_recipe(name).task is not None:
+        assert resolve_recipe(name, verb="finetune").init_from
+    else:
+        assert not name.startswith("finetune/")
 
 
 @pytest.mark.parametrize(

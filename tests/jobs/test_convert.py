@@ -93,14 +93,15 @@ def test_there_and_back_through_megatron(source: tuple[Path, Any], layout: tuple
 
 
 def test_fine_tuning_starts_from_megatron(source: tuple[Path, Any], tmp_path: Path) -> None:
-    from mlm_cli.tasks.classifier_folder import start_classifier
+    from mlm_cli.models.heads import HeadSpec
+    from mlm_cli.tasks.task_folder import start_task_model
 
     folder, _ = source
     assert convert(folder, tmp_path / "there", "--to", "megatron") == 0
-    ids, lengths = torch.tensor([PROMPTS[0]]), torch.tensor([4])
+    batch = {"tokens": torch.tensor([PROMPTS[0]]), "lengths": torch.tensor([4])}
     with torch.no_grad():
         first, second = (
-            start_classifier(place, ONE, num_labels=3, seed=1).eval()(ids, lengths)
+            start_task_model(place, ONE, HeadSpec("sequence", 3), seed=1).eval()(batch)
             for place in (folder, tmp_path / "there")
         )
     assert first.equal(second)
@@ -215,6 +216,12 @@ def test_classifiers_keep_their_head(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert convert(tmp_path / "theirs", tmp_path / "out", "--to", "hf") == 0
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert again.config.id2label == config.id2label
+    dry = ["convert", str(tmp_path / "theirs"), str(tmp_path / "x"), "--to", "hf", "--dry-run", "--format", "json"]
+    capsys.readouterr()
+    assert mlm(dry) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["architecture"] == "GPT2ForSequenceClassification"
+    assert report["parameters"] == sum(param.numel() for param in model.parameters())
     ids = torch.tensor([[7, 8, 9]])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
@@ -333,3 +340,18 @@ def test_what_a_target_cannot_express_is_refused(tmp_path: Path, capsys: pytest.
         assert convert(tmp_path / source, tmp_path / f"{source}-{to}", "--to", to) == code
         assert said in capsys.readouterr().err
     assert load_model_folder(tmp_path / "sparse-mlm" / "model", ONE)[1].attention.pattern == "local"
+
+
+@pytest.mark.parametrize("name", ["token_classification", "multiple_choice", "embedding"])
+def test_every_kind_of_task_is_carried_over(tmp_path: Path, name: str) -> None:
+    from tasks.task_models import SECTIONS, make_model, make_task, wordpiece
+
+    from mlm_cli.tasks.task_folder import save_task_model
+
+    task = make_task(
+        name, SECTIONS["bert"], wordpiece(tmp_path / "tok"), **({"pooling": "cls"} if name == "embedding" else {})
+    )
+    save_task_model(make_model("bert", task), task, tmp_path / "in")
+    assert convert(tmp_path / "in", tmp_path / "out", "--to", "hf") == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()

@@ -211,7 +211,7 @@ def test_mistakes(
         (2, (gpt2,), "two or more models"),
         (2, (gpt2, gpt2), "named twice"),
         (2, (gpt2, str(tmp_path / "other")), "another tokenizer"),
-        (2, (gpt2, str(classifiers[0])), "is a classifier"),
+        (2, (gpt2, str(classifiers[0])), "was fine-tuned to a task"),
         (4, (gpt2, str(tmp_path / "no" / "where")), "no model folder"),
     ):
         assert mlm(["evaluate", "--ensemble", *words, "--task", "perplexity", "--data", held]) == code
@@ -219,6 +219,6 @@ def test_mistakes(
     (tmp_path / "dev.tsv").write_text("text\tlabel\nfine\tgood\n")
     data = ["--task", "classification", "--data", str(tmp_path / "dev.tsv")]
     assert mlm(["evaluate", "--ensemble", str(classifiers[0]), gpt2, *data]) == 4
-    assert "not a classifier" in capsys.readouterr().err
+    assert "not a model for classification" in capsys.readouterr().err
     assert mlm(["evaluate", gpt2, "parallel.pipeline=2", "--task", "perplexity", "--data", held, "--nproc", "2"]) == 2
     assert "no pipeline stages" in capsys.readouterr().err

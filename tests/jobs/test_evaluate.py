@@ -173,8 +173,8 @@ def test_mistakes(lm: Path, classifier: Path, tmp_path: Path) -> None:
 
     refused(UsageError, "unknown task `glue`", str(lm), ("glue",))
     refused(UsageError, "perplexity needs text", str(lm), ("perplexity",))
-    refused(CheckpointError, "not a classifier", str(lm), ("classification",))
-    refused(UsageError, "is a classifier", str(classifier / "run"), ("perplexity",), ("x.txt",))
+    refused(CheckpointError, "holds a GPT2LMHeadModel, not a model for classification", str(lm), ("classification",))
+    refused(UsageError, "was fine-tuned to a task", str(classifier / "run"), ("perplexity",), ("x.txt",))
     refused(CheckpointError, "no model folder", str(tmp_path / "a" / "b"), ("perplexity",), ("x.txt",))
     refused(DataError, "no file", str(lm), ("perplexity",), (str(tmp_path / "absent.txt"),))
     (tmp_path / "held.txt").write_text(TEXT)

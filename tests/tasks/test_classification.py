@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlm_cli.data.tokenizer import load_tokenizer
-from mlm_cli.errors import DataError
+from mlm_cli.config.schema import ModelSection, TaskSection
+from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_cli.errors import DataError, UsageError
 from mlm_cli.tasks.classification import (
-    Features,
-    TrainingOrder,
+    Classification,
     confusion_matrix,
-    encode_examples,
-    evaluation_batches,
     label_names,
     score_predictions,
     standard_errors,
-    training_batches,
 )
-from mlm_cli.tasks.labelled_text import Example
+from mlm_cli.tasks.encoding import TextEncoder
+from mlm_cli.tasks.features import Features
+from mlm_cli.tasks.labelled_text import Columns, Example, read_examples
 
 
 def example(text: str, label: str, pair: str | None = None) -> Example:
@@ -39,110 +38,67 @@ def test_labels_are_sorted_and_numbers_by_value() -> None:
             label_names([example("x", "a")], bad)
 
 
+def features_of(examples: list[Example], max_length: int, tokenizer: Tokenizer, model: ModelSection) -> Features:
+    section = TaskSection(train="", dev="")
+    return Classification(section, TextEncoder(tokenizer, model, max_length), ("n", "y")).features(examples)
+
+
 def test_features_are_the_ids_of_the_text() -> None:
     tokenizer = load_tokenizer("bytes")
     examples = [example("abc", "y"), example("", "n"), example("x" * 50, "y")]
-    features = encode_examples(examples, ("n", "y"), tokenizer, max_length=8)
+    features = features_of(examples, 8, tokenizer, ModelSection())
     joint = tokenizer.eod_id if tokenizer.eod_id is not None else ord("\n")
-    assert [ids.tolist() for ids in features.ids] == [list(b"abc"), [joint], [ord("x")] * 8]
-    assert features.labels.tolist() == [1, 0, 1]
+    assert [row.ids.tolist() for row in features.rows] == [list(b"abc"), [joint], [ord("x")] * 8]
+    assert features.targets["labels"].tolist() == [1, 0, 1]
     with pytest.raises(DataError, match=r"file\.tsv:7: label `maybe` is not one of `n`, `y`"):
-        encode_examples([example("x", "maybe")], ("n", "y"), tokenizer, max_length=8)
+        features_of([example("x", "maybe")], 8, tokenizer, ModelSection())
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ("aaa", "bb", "aaa|bb"),
-        ("aaaaaaaa", "bb", "aaaa|bb"),
-        ("a", "bbbbbbbb", "a|bbbbb"),
-        ("aaaaaaa", "bbbbbb", "aaa|bbb"),
-    ],
-)
+PAIRS = [
+    ("aaa", "bb", "aaa|bb"),
+    ("aaaaaaaa", "bb", "aaaa|bb"),
+    ("a", "bbbbbbbb", "a|bbbbb"),
+    ("aaaaaaa", "bbbbbb", "aaa|bbb"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), PAIRS)
 def test_pairs_are_joined_and_the_longer_is_cut(first: str, second: str, expected: str) -> None:
     tokenizer = load_tokenizer("bytes")
     joint = tokenizer.eod_id if tokenizer.eod_id is not None else ord("\n")
-    (ids,) = encode_examples([example(first, "y", second)], ("n", "y"), tokenizer, max_length=7).ids
-    assert ids.tolist() == [joint if c == "|" else ord(c) for c in expected]
+    (row,) = features_of([example(first, "y", second)], 7, tokenizer, ModelSection()).rows
+    assert row.ids.tolist() == [joint if c == "|" else ord(c) for c in expected] and not row.types.any()
 
 
-def make_features(num: int) -> Features:
-    rng = np.random.default_rng(0)
-    return Features(tuple(rng.integers(1, 99, n) for n in rng.integers(1, 60, num)), rng.integers(0, 3, num))
+def test_bert_reads_what_transformers_makes_of_pairs(test_data: Path, tmp_path: Path) -> None:
+    """Marks, types and the cutting of the longer text, on real pairs."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(test_data / "tokenizers/bert-base-uncased")
+    tokenizer.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    columns = Columns("#1 String", "Quality", "#2 String")
+    examples = read_examples(test_data / "finetune/mrpc/msr-para-val.tsv", columns)[:200]
+    model = ModelSection(family="bert", num_token_types=2)
+    for length in (40, 128):
+        encoder, cut = TextEncoder(tokenizer, model, length), 0
+        for found, pair in zip(
+            encoder.rows([e.text for e in examples], [e.text_pair or "" for e in examples]), examples, strict=True
+        ):
+            expected = theirs(pair.text, pair.text_pair, truncation=True, max_length=length, return_token_type_ids=True)
+            assert len(found) == len(expected["input_ids"]) <= length
+            assert found.ids.tolist() == expected["input_ids"] and found.types.tolist() == expected["token_type_ids"]
+            cut += len(found) == length
+        assert cut > 20 or length > 40
+    single = encoder.rows([examples[0].text])[0]
+    assert single.ids.tolist() == theirs(examples[0].text)["input_ids"] and not single.types.any()
+    assert encoder.rows([""])[0].ids.tolist() == [101, 102]
 
 
-def test_every_example_once_an_epoch() -> None:
-    features = make_features(256)
-    order = TrainingOrder([len(ids) for ids in features.ids], global_batch_size=16, seed=3)
-    for epoch in range(3):
-        drawn = np.concatenate([order.global_batch(step) for step in range(16 * epoch, 16 * epoch + 16)])
-        assert sorted(drawn) == list(range(256))
-
-
-def test_epochs_that_do_not_fill_a_batch_lose_nothing() -> None:
-    order = TrainingOrder([5] * 37, global_batch_size=16, seed=3)
-    drawn = np.concatenate([order.global_batch(step) for step in range(16 * 37)])
-    assert (np.bincount(drawn, minlength=37) == 16 * 16).all()
-
-
-def test_batches_are_the_same_for_any_data_ranks_and_resume_anywhere() -> None:
-    features = make_features(300)
-
-    def samples(data_size: int, start_step: int, steps: int) -> list[list[int]]:
-        streams = [
-            training_batches(
-                features,
-                pad_id=0,
-                seed=1,
-                micro_batch_size=2,
-                global_batch_size=16,
-                data_rank=rank,
-                data_size=data_size,
-                start_sample=16 * start_step,
-            )
-            for rank in range(data_size)
-        ]
-        per_step = 16 // (2 * data_size)
-        return [
-            [number for _ in range(per_step) for stream in streams for number in next(stream)["sample_ids"].tolist()]
-            for _ in range(steps)
-        ]
-
-    straight = samples(1, 0, 40)
-    assert samples(2, 0, 40) == samples(4, 0, 40) == straight
-    assert samples(1, 23, 17) == straight[23:]
-    order = TrainingOrder([len(ids) for ids in features.ids], global_batch_size=16, seed=1)
-    assert straight == [order.global_batch(step).tolist() for step in range(40)]
-
-
-def test_batches_hold_texts_of_like_length() -> None:
-    features = make_features(2000)
-    stream = training_batches(features, pad_id=0, seed=1, micro_batch_size=8, global_batch_size=32)
-    batches = [next(stream) for _ in range(200)]
-    padding = 1 - sum(int(b["lengths"].sum()) for b in batches) / sum(b["tokens"].numel() for b in batches)
-    assert padding < 0.05  # in random order: about 0.45
-    first_lengths = [float(b["lengths"].float().mean()) for b in batches[:64]]
-    assert first_lengths != sorted(first_lengths)
-
-
-def test_padding_and_lengths() -> None:
-    features = Features((np.array([5, 6, 7]), np.array([8])), np.array([1, 0]))
-    (batch,) = evaluation_batches(features, pad_id=99, batch_size=4)
-    assert batch["tokens"].tolist() == [[5, 6, 7], [8, 99, 99]]
-    assert batch["lengths"].tolist() == [3, 1] and batch["labels"].tolist() == [1, 0]
-    assert batch["tokens"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("data_size", [1, 2, 3])
-def test_evaluation_sees_every_example_once(data_size: int) -> None:
-    features = make_features(50)
-    seen = [
-        number
-        for rank in range(data_size)
-        for batch in evaluation_batches(features, pad_id=0, batch_size=4, data_rank=rank, data_size=data_size)
-        for number in batch["sample_ids"].tolist()
-    ]
-    assert sorted(seen) == list(range(50))
+def test_bert_needs_its_special_tokens() -> None:
+    with pytest.raises(DataError, match=r"`bytes` has no \[CLS\], \[SEP\]"):
+        TextEncoder(load_tokenizer("bytes"), ModelSection(family="bert"), 16)
+    with pytest.raises(UsageError, match="leave no room"):
+        TextEncoder(load_tokenizer("bytes"), ModelSection(), 1)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,107 @@
+"""Predictions of a task's model on labelled examples and their scores, for ``mlm finetune`` and ``mlm evaluate``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_cli import heartbeat
+from mlm_cli.evaluation.results import TaskResult
+from mlm_cli.parallel.context import Group, ParallelContext
+from mlm_cli.tasks.batches import evaluation_batches
+from mlm_cli.tasks.features import Features
+from mlm_cli.tasks.task import Scores, Task
+
+# model(batch) -> outputs: a TaskModel, or one under an engine
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+class TaskEvaluator:
+    """``evaluator(model)`` -> ``{"dev_accuracy", ..., "dev_loss"}``, equal on all ranks.
+
+    Args:
+        examples: what the features were made of.
+        features: the units; data ranks share them.
+        batch_size: units at once on one rank; changes no score beyond float rounding.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Any],
+        features: Features,
+        parallel: ParallelContext,
+        *,
+        batch_size: int,
+        seed: int = 1234,
+    ) -> None:
+        self.task, self.examples, self.features, self.parallel = task, examples, features, parallel
+        self.batch_size, self.seed = batch_size, seed
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        answers, loss = self.answers(model)
+        scores = self.task.score(answers, self.examples, seed=self.seed)
+        model.train(was_training)
+        return {**{f"dev_{name}": value for name, value in scores.metrics.items()}, "dev_loss": loss}
+
+    @torch.no_grad()
+    def answers(self, model: Forward, on_batch: Callable[[int, int], None] | None = None) -> tuple[list[Any], float]:
+        """(what the model says of each example, mean loss over all units), equal on all ranks. All ranks call.
+
+        Args:
+            model: in evaluation mode.
+            on_batch: told (units done, units in all) of this rank.
+        """
+        device, data = self.parallel.device, self.parallel.data
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        done, mine = 0, -(-len(self.features) // data.size)
+        predicted: dict[int, Any] = {}
+        for batch in evaluation_batches(
+            self.features, batch_size=self.batch_size, data_rank=data.rank, data_size=data.size
+        ):
+            here = {name: tensor.to(device) for name, tensor in batch.items()}
+            outputs = model(here)
+            loss, count = self.task.loss(outputs, here)
+            total += torch.stack([loss.double() * count, count.double()]).to(device)
+            predicted.update(zip(batch["sample_ids"].tolist(), self.task.predict(outputs, here), strict=True))
+            done += len(batch["sample_ids"])
+            heartbeat.beat()
+            if on_batch is not None:
+                on_batch(done, mine)
+        predicted = _gather(predicted, data)
+        summed, count = data.all_reduce_(total).tolist()
+        ordered = [predicted[unit] for unit in range(len(self.features))]
+        answers = self.task.answers(ordered, self.features, self.examples)
+        return answers, summed / count if count else float("nan")
+
+
+def _gather(predicted: dict[int, Any], data: Group) -> dict[int, Any]:
+    """The predictions of all data ranks, on each of them."""
+    if data.size == 1:
+        return predicted
+    parts: list[Any] = [None] * data.size
+    dist.all_gather_object(parts, predicted, group=data.handle)
+    return {unit: value for part in parts for unit, value in part.items()}
+
+
+def task_result(
+    task: Task, scores: Scores, loss: float, *, config: dict[str, object], num_samples: int, num_original: int
+) -> TaskResult:
+    """The task's entry of ``results.json``; a loss that is not known (nan) is left out."""
+    return TaskResult(
+        name=task.name,
+        metrics=scores.metrics if math.isnan(loss) else {**scores.metrics, "loss": loss},
+        stderr=scores.stderr,
+        higher_is_better={**dict.fromkeys(scores.metrics, True), "loss": False},
+        config={**config, **scores.facts},
+        version=task.version,
+        num_samples=num_samples,
+        num_original=num_original,
+    )

@@ -1,0 +1,239 @@
+"""Question answering by span selection: where in a text does the answer to a question begin and end (SQuAD v1.1).
+
+Devlin et al. 2019, section 4.2, and the windows of its ``run_squad.py``: a text longer than the model's context is read
+in windows ``task.doc_stride`` tokens apart, each behind the question; a token counts in the window that shows most of
+its surroundings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_cli.config.schema import ModelSection, TaskSection
+from mlm_cli.errors import UsageError
+from mlm_cli.models.heads import HeadSpec
+from mlm_cli.tasks.features import Features
+from mlm_cli.tasks.squad import Question, read_squad, squad_scores
+from mlm_cli.tasks.task import Batch, Scores, Task
+
+# Columns of the target `windows`.
+_QUESTION, _BEGIN, _LENGTH, _FIRST, _LOW, _HIGH = range(6)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A span of a text that may be the answer: characters [start, end), and its share of the probability."""
+
+    share: float
+    start: int
+    end: int
+
+
+class QuestionAnswering(Task):
+    """Mean cross entropy of an answer's first and last token; exact match and F1 as SQuAD's scorer has them, 0 to 1."""
+
+    name: ClassVar[str] = "question_answering"
+    kept: ClassVar[tuple[str, ...]] = ("doc_stride", "max_query_length", "max_answer_length")
+
+    @staticmethod
+    def architecture(model: ModelSection) -> str:
+        return "ForQuestionAnswering"
+
+    @staticmethod
+    def read(path: str, section: TaskSection) -> list[Question]:
+        return read_squad(path)
+
+    def features(self, examples: Sequence[Question], *, training: bool = False) -> Features:
+        """A unit a window: ``labels`` int64 [2], the answer's first and last token in the row; 0, 0 where it is not.
+
+        Raises:
+            UsageError: ``task.max_length`` leaves no room for a text behind a question.
+        """
+        rows, labels, windows = [], [], []
+        queries = self.encoder.tokenizer.encode_batch([example.question for example in examples])
+        for number, (example, query, (ids, offsets)) in enumerate(
+            zip(examples, queries, self._contexts(examples), strict=True)
+        ):
+            query = query[: self.section.max_query_length]
+            room = self.encoder.room(pair=True) - len(query)
+            if room < 1:
+                raise UsageError(
+                    f"a question of {len(query)} tokens leaves no room for its text in {self.encoder.max_length}",
+                    hint="raise task.max_length, or lower task.max_query_length",
+                )
+            answer = _token_span(example.answers[0], offsets)
+            if training and answer is None:
+                continue
+            firsts = window_starts(len(ids), room, self.section.doc_stride)
+            ranges = most_context(len(ids), firsts, room)
+            for first, (low, high) in zip(firsts, ranges, strict=True):
+                row = self.encoder.join(query, ids[first : first + room])
+                windows.append((number, row.begin_second, row.len_second, first, low, high))
+                rows.append(row)
+                labels.append((0, 0))
+                if answer is not None and first <= answer[0] and answer[1] < first + row.len_second:
+                    labels[-1] = tuple(row.begin_second + place - first for place in answer)
+        return Features(
+            tuple(rows),
+            self.encoder.pad_id,
+            {
+                "labels": np.array(labels, dtype=np.int64).reshape(-1, 2),
+                "windows": np.array(windows, dtype=np.int64).reshape(-1, 6),
+            },
+        )
+
+    def _contexts(self, examples: Sequence[Question]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Ids of each example's text, and the characters [begin, end) of each, int64 [tokens, 2]."""
+        last: str | None = None
+        found: tuple[list[int], np.ndarray] = ([], np.zeros((0, 2), np.int64))
+        for example in examples:
+            if example.context != last:  # questions on one text follow each other
+                last = example.context
+                encoding = self.encoder.tokenizer.reference.encode(last, add_special_tokens=False)
+                found = (encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+            yield found
+
+    @property
+    def head(self) -> HeadSpec:
+        return HeadSpec("token", 2, dropout=False)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        padding = torch.arange(outputs.shape[1], device=outputs.device) >= batch["lengths"][:, None]
+        scores = outputs.masked_fill(padding[..., None], float("-inf"))
+        return F.cross_entropy(scores, batch["labels"]), torch.tensor(len(outputs))
+
+    def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
+        """The best spans of each window, float64 [n, 3]: score, first and last token of the text."""
+        scores = outputs.double().cpu().numpy()
+        return [
+            self._best_spans(row[:, 0], row[:, 1], window)
+            for row, window in zip(scores, batch["windows"].cpu().numpy(), strict=True)
+        ]
+
+    def _best_spans(self, start: np.ndarray, end: np.ndarray, window: np.ndarray) -> np.ndarray:
+        begin, length, first = window[_BEGIN], window[_LENGTH], window[_FIRST]
+        start, end = start[begin : begin + length], end[begin : begin + length]
+        n = min(self.section.n_best, length)
+        starts, ends = (np.argsort(-values, kind="stable")[:n] for values in (start, end))
+        span = ends[None, :] - starts[:, None]
+        here = (first + starts >= window[_LOW]) & (first + starts < window[_HIGH])
+        allowed = (span >= 0) & (span < self.section.max_answer_length) & here[:, None]
+        i, j = np.nonzero(allowed)
+        found = np.stack([start[starts[i]] + end[ends[j]], first + starts[i], first + ends[j]], axis=-1)
+        return found[np.argsort(-found[:, 0], kind="stable")[: self.section.n_best]]
+
+    def answers(
+        self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Question]
+    ) -> list[list[Candidate]]:
+        """For each question the best spans over all its windows, best first, no text twice."""
+        by_question: list[list[np.ndarray]] = [[] for _ in examples]
+        for number, found in zip(features.targets["windows"][:, _QUESTION].tolist(), predictions, strict=True):
+            by_question[number].append(found)
+        ranked = []
+        for example, parts, (_, offsets) in zip(examples, by_question, self._contexts(examples), strict=True):
+            found = np.concatenate([np.zeros((0, 3)), *parts])
+            chosen: dict[str, Candidate] = {}
+            for score, first, last in found[np.argsort(-found[:, 0], kind="stable")].tolist():
+                start, end = _without_space(example.context, int(offsets[int(first), 0]), int(offsets[int(last), 1]))
+                if start < end:
+                    chosen.setdefault(example.context[start:end], Candidate(score, start, end))
+                if len(chosen) == self.section.n_best:
+                    break
+            ranked.append(_with_shares(list(chosen.values())))
+        return ranked
+
+    def pool(self, members: Sequence[Sequence[list[Candidate]]]) -> list[list[Candidate]]:
+        """Mean shares of each span, over the models' best ones; their tokens may differ, characters are the same."""
+        pooled = []
+        for answers in zip(*members, strict=True):
+            shares: dict[tuple[int, int], float] = defaultdict(float)
+            for candidate in (candidate for found in answers for candidate in found):
+                shares[candidate.start, candidate.end] += candidate.share / len(members)
+            ranked = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+            pooled.append([Candidate(share, start, end) for (start, end), share in ranked[: self.section.n_best]])
+        return pooled
+
+    def score(self, answers: Sequence[list[Candidate]], examples: Sequence[Question], *, seed: int) -> Scores:
+        chosen = {
+            example.id: example.context[found[0].start : found[0].end] if found else ""
+            for example, found in zip(examples, answers, strict=True)
+        }
+        each = squad_scores(chosen, examples)
+        count = len(examples)
+        errors = {name: float(np.std(v, ddof=1)) / count**0.5 if count > 1 else None for name, v in each.items()}
+        files = {
+            "predictions.json": json.dumps(chosen, indent=1, ensure_ascii=False) + "\n",
+            "nbest.json": json.dumps(_nbest(examples, answers), indent=1, ensure_ascii=False) + "\n",
+        }
+        facts = {"unanswered": sum(not text for text in chosen.values())}
+        return Scores({name: float(values.mean()) for name, values in each.items()}, errors, facts, files)
+
+
+def window_starts(length: int, room: int, stride: int) -> list[int]:
+    """First tokens of windows of ``room`` tokens over a text, ``stride`` apart (less where tokens would be missed)."""
+    starts = [0]
+    while starts[-1] + room < length:
+        starts.append(starts[-1] + min(stride, room))
+    return starts
+
+
+def most_context(length: int, starts: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """For each window the tokens [low, high) that no other window shows with more context on both sides.
+
+    (``_check_is_max_context`` of ``run_squad.py``: the smaller side decides, then the longer window, then the first.)
+    """
+    tokens = np.arange(length)
+    scores = np.full((len(starts), length), -np.inf)
+    for number, start in enumerate(starts):
+        stop = min(start + room, length)
+        inside = tokens[start:stop]
+        scores[number, start:stop] = np.minimum(inside - start, stop - 1 - inside) + 0.01 * (stop - start)
+    best = scores.argmax(0) if length else np.zeros(0, dtype=np.int64)
+    return [
+        (int(np.searchsorted(best, number)), int(np.searchsorted(best, number, side="right")))
+        for number in range(len(starts))
+    ]
+
+
+def _token_span(answer: tuple[str, int], offsets: np.ndarray) -> tuple[int, int] | None:
+    """First and last token of an answer; None where it does not stand in the text, or no token does."""
+    text, begin = answer
+    if begin < 0 or not text or not len(offsets):
+        return None
+    first = int(np.searchsorted(offsets[:, 1], begin, side="right"))
+    last = int(np.searchsorted(offsets[:, 0], begin + len(text), side="left")) - 1
+    return (first, last) if first <= last else None
+
+
+def _without_space(context: str, start: int, end: int) -> tuple[int, int]:
+    text = context[start:end]
+    return start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+
+
+def _with_shares(candidates: list[Candidate]) -> list[Candidate]:
+    """Scores as shares of the probability among these spans (as ``run_squad.py`` gives them in its n-best list)."""
+    scores = np.array([candidate.share for candidate in candidates])
+    shares = np.exp(scores - scores.max(initial=-np.inf)) if candidates else scores
+    return [
+        replace(candidate, share=float(share))
+        for candidate, share in zip(candidates, shares / shares.sum() if candidates else shares, strict=True)
+    ]
+
+
+def _nbest(examples: Sequence[Question], answers: Sequence[list[Candidate]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        example.id: [
+            {"text": example.context[c.start : c.end], "probability": round(c.share, 6), "start": c.start}
+            for c in found
+        ]
+        for example, found in zip(examples, answers, strict=True)
+    }
