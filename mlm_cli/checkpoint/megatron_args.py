@@ -217,7 +217,7 @@ _EXPRESSED: dict[str, dict[str, tuple[Any, ...] | None]] = {
 }
 _WORDS = {
     "experts": "a mixture of experts",
-    "rotary_scaling": "rotary positions scaled for a longer context",
+    "rotary_scaling": "scaled rotary positions",
     "attention": "sparse attention",
 }
 

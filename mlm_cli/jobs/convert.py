@@ -24,7 +24,7 @@ from mlm_cli.checkpoint.megatron_write import check_layout, save_megatron_folder
 from mlm_cli.checkpoint.save import versions
 from mlm_cli.checkpoint.weight_files import WeightFiles
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import hub_layout, is_sparse
+from mlm_cli.config.shapes import hub_layout
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.jobs.progress import ByteProgress
 from mlm_cli.models.count import count_parameters, layer_counts
@@ -137,18 +137,6 @@ def _dtype(request: ConvertRequest, source: Source) -> torch.dtype:
 def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """The report's part that is known beforehand; what the target cannot hold is refused here."""
     section = source.section
-    if request.to != "mlm" and is_sparse(section):
-        raise UsageError(
-            f"{request.source} has sparse attention (`{section.attention.pattern}`): {_LAYOUTS[request.to]} has no word"
-            " for it, and whoever opened the result would attend to everything",
-            hint="`--to mlm` keeps it",
-        )
-    if request.to == "megatron" and section.rotary_scaling is not None:
-        raise UsageError(
-            f"{request.source} has scaled rotary positions (`{section.rotary_scaling.type}`), for which Megatron's"
-            " classic layout has no word",
-            hint="`--to hf` keeps them",
-        )
     is_task = source.is_task
     architecture: str | None = None
     if request.to == "hf":

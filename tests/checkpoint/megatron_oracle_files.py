@@ -132,8 +132,7 @@ def write(
     about = facts(model)
     where = folder / ("release" if iteration is None else f"iter_{iteration:07d}")
     step = divisible_by * tensor
-    vocab = len(about["words"])
-    padded = (vocab + step - 1) // step * step
+    padded = -(-len(about["words"]) // step) * step
     biased = about["layers"][0]["o"][1] is not None
     namespace = _args(about, model, tensor, pipeline, virtual, padded, divisible_by, biased, version)
     vars(namespace).update(changes)

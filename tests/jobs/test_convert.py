@@ -14,15 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlm_cli.checkpoint.hub import load_model_folder, resolve_model, save_model_folder
+from mlm_cli.checkpoint.hub import load_model_folder, resolve_model
 from mlm_cli.checkpoint.manifest import find_damage, read_manifest
 from mlm_cli.cli.app import run as mlm
-from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.generator import Generator, Settings
 from mlm_cli.generation.sampling import Sampling
-from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from tests.checkpoint import megatron_oracle_files as megatron
 from tests.checkpoint.in_slices import read_write_and_continue
@@ -320,26 +318,6 @@ def test_transformers_and_back_in_slices_and_stages(in_slices: Any, kind: str, l
     first = load_file(folder / f"{kind}.theirs" / "model.safetensors")
     again = load_file(folder / f"{kind}.{layout}" / "model.safetensors")
     assert first.keys() <= again.keys() and all(again[name].equal(value) for name, value in first.items())
-
-
-def test_what_a_target_cannot_express_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 32}
-    llama: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "vocab_size": 50}
-    scaling = {"type": "yarn", "factor": 2.0, "original_seq_length": 16}
-    sparse = build_model(ModelSection(**sizes, **llama, attention={"pattern": "local", "window": 8}), ONE)
-    scaled = build_model(ModelSection(**sizes, **llama, rotary_scaling=scaling), ONE)
-    save_model_folder(sparse, tmp_path / "sparse")
-    save_model_folder(scaled, tmp_path / "scaled")
-    for source, to, code, said in (
-        ("sparse", "hf", 2, "sparse attention (`local`)"),
-        ("sparse", "megatron", 2, "sparse attention (`local`)"),
-        ("scaled", "megatron", 2, "scaled rotary positions (`yarn`)"),
-        ("sparse", "mlm", 0, ""),
-        ("scaled", "hf", 0, ""),
-    ):
-        assert convert(tmp_path / source, tmp_path / f"{source}-{to}", "--to", to) == code
-        assert said in capsys.readouterr().err
-    assert load_model_folder(tmp_path / "sparse-mlm" / "model", ONE)[1].attention.pattern == "local"
 
 
 @pytest.mark.parametrize("name", ["token_classification", "multiple_choice", "embedding"])

@@ -147,6 +147,7 @@ SMALL: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 24, "vocab_size": 101,
 }  # fmt: skip
 LLAMA: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+T5: dict[str, Any] = {"position": "relative", "norm": "rmsnorm", "activation": "relu", "bias": False}
 SCALED = {"type": "yarn", "factor": 2.0, "original_seq_length": 12}
 BEYOND: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "experts": ({"experts": {"num_experts": 4}}, dict.fromkeys(("hf", "megatron"), "a mixture of experts")),
@@ -156,10 +157,17 @@ BEYOND: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         dict.fromkeys(("hf", "megatron"), "sparse attention"),
     ),
     "dense by name": ({"attention": {"pattern": "dense", "kernel": "sdpa"}}, {}),
-    "scaled": ({**LLAMA, "rotary_scaling": SCALED}, {"megatron": "rotary positions scaled for a longer context"}),
+    "scaled": (
+        {**LLAMA, "rotary_scaling": SCALED},
+        {"megatron": "scaled rotary positions (model.rotary_scaling: type='yarn'"},
+    ),
     "post-norm": (
         {"family": "bert", "num_token_types": 2, "norm_order": "post"},
         {"megatron": "model.norm_order: post"},
+    ),
+    "t5": (
+        {**T5, "family": "t5", "num_decoder_layers": 1, "decoder_seq_length": 12},
+        {"megatron": "model.family: t5"},
     ),
     "untied": ({"family": "bert", "num_token_types": 2, "tie_embeddings": False}, {"megatron": "model.tie_embeddings"}),
 }

@@ -202,7 +202,7 @@ def distance(folder: Path, name: str, how: str) -> Distance:
     mine, other = (load_file(run / f"step-{STEPS:08d}" / "model" / "model.safetensors") for run in runs)
     assert mine.keys() == other.keys()
     # A key's bias has no gradient; where it is a tensor of its own (BERT), all it holds is rounding.
-    apart = [float(np.abs(mine[key] - other[key]).max() / max(np.abs(other[key]).max(), 1e-4)) for key in other]
+    apart = [float(np.abs(mine[key] - other[key]).max() / max(np.abs(other[key]).max(), 1e-3)) for key in other]
     return Distance(found["loss"], found["grad_norm"], max(apart))
 
 
