@@ -104,4 +104,3 @@ def test_a_run_learns_as_in_float32(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 5e-3
     assert not any(record.get("overflow") for record in metrics(tmp_path / "fp16"))
     assert metrics(tmp_path / "fp16")[0]["loss_scale"] == 1024.0
-    torch.set_num_threads(1)
