@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for source in sorted(folder.glob("*.py")):
                 out.write(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _talk_as_usual() -> Iterator[None]:
+    """A command run in this process with ``--quiet`` or ``--verbose`` says nothing about the next test."""
+    yield
+    from mlm_cli import log
+
+    log.setup()
 
 
 @pytest.fixture(scope="session", name="run_ranks")

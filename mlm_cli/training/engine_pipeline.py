@@ -116,6 +116,11 @@ class _Stages:
             dist.send(x.contiguous(), pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
         return pipeline.broadcast_(found, source=pipeline.size - 1)
 
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As ``Model.loss``, equal on all stages; no gradient."""
+        summed, count = self.scores(batch)[0]
+        return (summed / count.clamp(min=1.0)).float(), count.float()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 

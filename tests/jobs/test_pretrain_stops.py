@@ -52,14 +52,14 @@ def test_a_signal_at_any_moment(
     elif moment == "first step":
         monkeypatch.setattr(pretrain, "objective", lambda model, batch: once() or OBJECTIVE(model, batch))
     else:
-        loss, rounds = GPT.loss, [0]
+        scores, rounds = GPT.scores, [0]
 
         def watched(model: Any, batch: Any) -> Any:
             rounds[0] += not model.training
             once(not model.training)
-            return loss(model, batch)
+            return scores(model, batch)
 
-        monkeypatch.setattr(GPT, "loss", watched)
+        monkeypatch.setattr(GPT, "scores", watched)
     assert pretrain.run(make_recipe(data, run)) == 75
     assert RunFolder(run).steps() == {"loading": [], "first step": [1], "evaluation": [6]}[moment]
     if moment == "evaluation":

@@ -30,13 +30,15 @@ from pathlib import Path
 rank = int(os.environ["RANK"])
 recipe = resolve_recipe(sys.argv[1])
 keep_log(Path(recipe.output) / "logs")
-real, calls = GPT.loss, [0]
-def loss(model, batch):
-    calls[0] += 1
-    if {when}:
-        {act}
-    return real(model, batch)
-GPT.loss = loss
+calls = [0]
+def watched(real):
+    def method(model, batch):
+        calls[0] += 1
+        if {when}:
+            {act}
+        return real(model, batch)
+    return method
+GPT.loss, GPT.scores = watched(GPT.loss), watched(GPT.scores)  # of a step, and of validation
 from mlm_cli.cli.failures import exit_code_of
 try:
     sys.exit(pretrain.run(recipe))
