@@ -62,10 +62,8 @@ ROWS |= {
         "t2 sequence": (2, {"tensor": 2, "sequence": True}),
         "p2": (2, {"pipeline": 2}),
         "d2 zero 1": (2, {"zero": 1}),
-        "t4": (4, {"tensor": 4}),
         "t2 p2": (4, {"tensor": 2, "pipeline": 2}),
         "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
-        "p2 d2 zero 1": (4, {"pipeline": 2, "zero": 1}),
     }.items()
 }
 REFERENCES = ("reference", "t5 reference", "bert reference", "experts reference")  # of one rank, for each family
