@@ -142,7 +142,12 @@ def _sliced(rank: int, size: int, kind: str, tensor: int, sequence: bool) -> dic
 
 @pytest.mark.parametrize(
     ("kind", "tensor", "sequence"),
-    [("original", 2, False), ("megatron", 4, False), ("megatron untied", 2, True), ("original", 2, True)],
+    [
+        ("original", 2, False),
+        pytest.param("megatron", 4, False, marks=pytest.mark.slow),
+        ("megatron untied", 2, True),
+        ("original", 2, True),
+    ],
 )
 def test_slicing_does_not_change_the_model(
     kind: str, tensor: int, sequence: bool, run_ranks: Callable[..., list[Any]]

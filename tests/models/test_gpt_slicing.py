@@ -124,7 +124,9 @@ def assert_close(mine: np.ndarray, theirs: np.ndarray, what: str) -> None:
     assert np.abs(mine - theirs).max() <= 1e-5 * scale, f"{what}: {np.abs(mine - theirs).max() / scale}"
 
 
-@pytest.mark.parametrize(("size", "sequence"), [(2, False), (4, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("size", "sequence"), [(2, False), (4, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow)]
+)
 def test_slicing_does_not_change_the_model(
     size: int, sequence: bool, run_ranks: Callable[..., list[Any]], reference: Any
 ) -> None:

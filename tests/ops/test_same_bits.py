@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(torch.cat([ops.rms_norm(row[None].bfloat16(), weight) for row in x]), whole)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", [pytest.param("avx512", marks=pytest.mark.slow), "avx2", "plain"])
 def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
     """Runs the accuracy tests of this folder again on a lower instruction set."""
     names = ("norm", "softmax", "activation", "cross_entropy", "optimizer")
