@@ -49,8 +49,26 @@ def init(*, timeout_seconds: float = 1800.0) -> Env:
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
+            store=_supervised_store(rank, world_size, timeout_seconds),
         )
     return Env(rank, world_size, local_rank, device)
+
+
+def _supervised_store(rank: int, world_size: int, timeout_seconds: float) -> torch.distributed.Store | None:
+    """The store of ranks that ``mlm --nproc`` started, on the socket it listens on; None: as the launcher has it."""
+    if "MLM_SUPERVISED" not in os.environ:
+        return None
+    from torch.distributed import TCPStore
+
+    door = os.environ.get("MLM_MASTER_FD")
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=timeout_seconds),
+        master_listen_fd=int(door) if door is not None else None,
+    )
 
 
 def shutdown() -> None:

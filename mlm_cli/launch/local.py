@@ -72,9 +72,9 @@ class Supervisor:
         """Start all ranks, wait for all of them."""
         previous: dict[int, Any] = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
-            port = free_port()
-            for rank in range(self.nproc):
-                self.ranks.append(self._start(rank, port))
+            with meeting_place() as door:
+                for rank in range(self.nproc):
+                    self.ranks.append(self._start(rank, door))
             self._watch()
         finally:
             for process in self.ranks:
@@ -89,7 +89,7 @@ class Supervisor:
             return Verdict(128 + self.first_signal)  # ended by the user's signal before anyone could do better
         return verdict
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, door: socket.socket) -> subprocess.Popen[bytes]:
         env = {
             **os.environ,
             "RANK": str(rank),
@@ -97,7 +97,7 @@ class Supervisor:
             "WORLD_SIZE": str(self.nproc),
             "LOCAL_WORLD_SIZE": str(self.nproc),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(door.getsockname()[1]),
             "MLM_SUPERVISED": str(os.getpid()),
         }
         env.setdefault("OMP_NUM_THREADS", str(threads_per_rank(self.nproc)))
@@ -105,7 +105,8 @@ class Supervisor:
             env["GLOO_SOCKET_IFNAME"] = "lo"  # without it gloo looks up the host name, which may not resolve
         own_session = not self.share_terminal
         if rank == 0:
-            return subprocess.Popen(self.command, env=env, start_new_session=own_session)
+            env["MLM_MASTER_FD"] = str(door.fileno())
+            return subprocess.Popen(self.command, env=env, start_new_session=own_session, pass_fds=(door.fileno(),))
         with (self.log_folder / f"rank-{rank}.log").open("ab") as err:
             return subprocess.Popen(
                 self.command, env=env, stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=own_session
@@ -176,6 +177,14 @@ def last_words(path: Path, limit: int = 15) -> str:
         return ""
     marks = [number for number, line in enumerate(lines) if line.startswith("error:")]
     return "\n".join(lines[marks[-1] :] if marks else lines[-limit:])
+
+
+def meeting_place() -> socket.socket:
+    """A socket that listens on the loopback, for rank 0 to inherit: no port is given up that another could take."""
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    door.listen(1024)
+    return door
 
 
 def free_port() -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 # Codes that a rank chooses with a message (mlm_cli/errors.py); 6 is missing because a rank that reports a lost
 # neighbour is a victim, not the cause.
-DELIBERATE = frozenset({2, 3, 4, 5, 7, 75, 130})
+EXPLAINED = frozenset({2, 3, 4, 5, 7})
+DELIBERATE = EXPLAINED | {75, 130}
 RANK_LOST = 6
 
 
@@ -45,8 +46,9 @@ class Verdict:
 def judge(exits: list[Exit]) -> Verdict:
     """The verdict over all ranks.
 
-    The first rank to end with an error it chose, or by a signal nobody here sent, is the cause; what the others said
-    afterwards, such as a closed connection, follows from it. A rank lost without a word makes the code 6.
+    A rank that explained its error is the cause, even when another was noticed first: that one may have aborted
+    because its neighbour left. Otherwise it is the first rank to end with a code it chose or by a signal nobody here
+    sent; what the others said afterwards, such as a closed connection, follows. A rank lost without a word makes it 6.
     """
     failed = sorted(
         (item for item in exits if item.code != 0), key=lambda item: (item.time, item.code not in DELIBERATE)
@@ -54,9 +56,10 @@ def judge(exits: list[Exit]) -> Verdict:
     if not failed:
         return Verdict(0)
     own = [item for item in failed if not item.ours] or failed
+    explained = [item for item in own if item.code in EXPLAINED]
     chosen = [item for item in own if item.code in DELIBERATE or item.code < 0]
     unexplained = [item for item in own if item.code not in (1, RANK_LOST)]
-    culprit = (chosen or unexplained or [item for item in own if item.code == 1] or own)[0]
+    culprit = (explained or chosen or unexplained or [item for item in own if item.code == 1] or own)[0]
     if culprit.code in DELIBERATE or culprit.code == 1:
         return Verdict(culprit.code, culprit)
     return Verdict(RANK_LOST, culprit)

@@ -94,7 +94,8 @@ def test_sigterm_to_the_supervisor_saves_and_asks_to_be_requeued(folder: Path) -
 def test_a_data_error_on_all_ranks_is_told_once(folder: Path) -> None:
     process = train(folder, "nodata", "data.path=none", "--nproc", "2")
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 3 and out == "" and err.count("error:") == 1 and "none" in err
+    assert process.returncode == 3, err
+    assert out == "" and err.count("error:") == 1 and "none" in err
 
 
 @pytest.mark.slow
