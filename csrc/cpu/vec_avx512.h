@@ -108,14 +108,12 @@ template <class Tag>
 inline Floats load(const f16* p, Tag tag) {
   return {_mm512_cvtph_ps(load_bits(p, tag))};
 }
+inline __m256i half_bits(Floats a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 template <class Tag>
 inline void store(f16* p, Floats a, Tag tag) {
-  store_bits(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), tag);
+  store_bits(p, half_bits(a), tag);
 }
-inline void stream(f16* p, Floats a) {
-  _mm256_stream_si256(
-      reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+inline void stream(f16* p, Floats a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(a)); }
 
 // --- bool mask: -inf where the byte is not zero
 inline Floats hide(Floats a, const uint8_t* mask, Full) {
@@ -128,6 +126,12 @@ inline Floats hide(Floats a, const uint8_t* mask, Tail t) {
       _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(tail_mask(t), mask)), _mm512_set1_epi32(0xff));
   return {_mm512_mask_mov_ps(a.v, m, _mm512_set1_ps(-__builtin_inff()))};
 }
+
+inline void stream_bits(void* p, __m256i a, __m256i b) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+inline void stream(bf16* p, Floats a, Floats b) { stream_bits(p, narrow_bits(a), narrow_bits(b)); }
+inline void stream(f16* p, Floats a, Floats b) { stream_bits(p, half_bits(a), half_bits(b)); }
 
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
