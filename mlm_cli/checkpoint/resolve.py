@@ -56,23 +56,31 @@ def _in_folder(path: Path) -> Path:
         return path / "model"
     if is_megatron_folder(path):
         return path
-    if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
-        if not _STEP.match(name):
-            raise CheckpointError(f"{latest} names no checkpoint: {name[:80]!r}", hint=f"name one of {path}/step-*")
-        if (path / name / "model" / "config.json").is_file():
-            return path / name / "model"
-        raise CheckpointError(
-            f"{latest} names {name}, which holds no model/config.json", hint=f"name one of {path}/step-*"
-        )
-    # A run that was stopped between its first checkpoint and the pointer to it.
+    pointed = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+    if pointed is not None and _STEP.match(pointed) and (path / pointed / "model" / "config.json").is_file():
+        return path / pointed / "model"
+    # A run that was stopped between its first checkpoint and the pointer to it, or whose pointer was damaged since.
     whole = sorted(found.parent for found in path.glob("step-*/manifest.json"))
-    if whole and (whole[-1] / "model" / "config.json").is_file():
+    whole = [folder for folder in whole if _STEP.match(folder.name) and (folder / "model" / "config.json").is_file()]
+    if whole:
+        if pointed is not None:
+            log.warn(f"{latest} {_what_is_wrong(pointed)}: taking {whole[-1].name}, the newest complete checkpoint")
         return whole[-1] / "model"
+    if pointed is not None:
+        raise CheckpointError(
+            f"{latest} {_what_is_wrong(pointed)}, and no other checkpoint of {path} is complete",
+            hint="name another run, or a folder that holds config.json",
+        )
     raise CheckpointError(
         f"{path} holds no model: neither config.json, nor model/, nor a checkpoint",
         hint="name a run folder with a checkpoint, a checkpoint folder, a Hugging Face folder or one of Megatron-LM",
     )
+
+
+def _what_is_wrong(pointed: str) -> str:
+    if not _STEP.match(pointed):
+        return f"names no checkpoint ({pointed[:80]!r})" if pointed else "is empty"
+    return f"names {pointed}, which holds no model/config.json"
 
 
 def _download(name: str) -> Path:

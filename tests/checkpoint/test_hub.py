@@ -261,6 +261,26 @@ def test_what_no_layout_holds_is_refused(tmp_path: Path) -> None:
         save_model_folder(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("latest", "said"),
+    [("", "is empty"), ("../../etc", "names no checkpoint"), ("step-00000009\n", "step-00000009")],
+)
+def test_a_damaged_pointer_leads_to_the_newest_complete_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], latest: str, said: str
+) -> None:
+    run = tmp_path / "run"
+    for step, complete in ((1, True), (2, True), (3, False)):
+        folder = run / f"step-{step:08d}"
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "config.json").write_text("{}")
+        if complete:
+            (folder / "manifest.json").write_text("{}")
+    (run / "latest").write_text(latest)
+    assert resolve_model(run) == run / "step-00000002" / "model"
+    err = capsys.readouterr().err
+    assert said in err and "step-00000002" in err and err.count("warning") == 1
+
+
 def test_model_names(tmp_path: Path) -> None:
     model = tmp_path / "run" / "step-00000002" / "model"
     save_model_folder(ours("gpt2"), model)
