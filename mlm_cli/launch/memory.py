@@ -23,17 +23,28 @@ LOSS_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time, about
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes of one rank.
+
+    Attributes:
+        offloaded: weights, gradients and optimizer lie in the memory of the host (``parallel.offload``).
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    offloaded: bool = False
+
+    @property
+    def host(self) -> int:
+        """Beside the device."""
+        return self.weights + self.gradients + self.optimizer if self.offloaded else 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits - self.host
 
 
 def parameters_per_rank(model: ModelSection, tensor: int, pipeline: int = 1) -> int:
@@ -84,6 +95,7 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         optimizer=(12 if half else 8) * params // shards,
         activations=activations,
         logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),
+        offloaded=recipe.parallel.offload == "cpu",
     )
 
 

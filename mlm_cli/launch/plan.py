@@ -47,7 +47,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """One JSON document; sizes in bytes, times in seconds."""
         values = asdict(self)
-        values["memory"]["total"] = self.memory.total
+        values["memory"].update(total=self.memory.total, host=self.memory.host)
         values["formulas"] = {"flops": FLOPS_FORMULA, "activations": memory.ACTIVATIONS_FORMULA}
         return values
 
@@ -149,12 +149,15 @@ def as_text(plan: Plan) -> str:
     rows.append(("tokens", f"{plan.tokens_per_step:,} a step, {short(plan.tokens)} in {plan.steps:,} steps"))
     rows.append(("FLOPs", f"{short(plan.flops_per_token)} a token, {plan.flops:.3g} in all ({FLOPS_FORMULA})"))
     held = plan.memory
-    rows.append(("memory a rank", f"{gib(held.total)} estimated, precision {plan.precision}"))
+    beside = f", and {gib(held.host)} of the host's" if held.host else ""
+    rows.append(("memory a rank", f"{gib(held.total)} estimated{beside}, precision {plan.precision}"))
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         rows.append(
             (
                 f"  {name}",
-                gib(getattr(held, name)) + (f" (ZeRO-{plan.zero})" if name in ZERO_CUTS[: plan.zero] else ""),
+                gib(getattr(held, name))
+                + (f" (ZeRO-{plan.zero})" if name in ZERO_CUTS[: plan.zero] else "")
+                + (" on the host" if held.offloaded and name in ZERO_CUTS else ""),
             )
         )
     if plan.seconds is None or plan.seconds_per_step is None:

@@ -105,6 +105,14 @@ def test_each_zero_stage_shares_out_one_more_thing() -> None:
     assert text.count("(ZeRO-2)") == 2
 
 
+def test_offloaded_state_is_counted_on_the_host() -> None:
+    here = make_plan(resolve_recipe("gpt/355m", ["parallel.zero=3"]), 8)
+    away = make_plan(resolve_recipe("gpt/355m", ["parallel.zero=3", "parallel.offload=cpu"]), 8)
+    assert away.memory.total == here.memory.activations + here.memory.logits
+    assert away.memory.total + away.memory.host == here.memory.total
+    assert as_text(away).count("on the host") == 3 and "host" not in as_text(here)
+
+
 def test_recompute_needs_less_memory() -> None:
     none = make_plan(resolve_recipe("gpt/355m"), 1).memory.activations
     full = make_plan(resolve_recipe("gpt/355m", ["train.recompute=full"]), 1).memory.activations
