@@ -118,13 +118,13 @@ def first_bad_layer(model: nn.Module, objective: Objective, batch: Batch, *, gra
             loss, _ = objective(model, batch)
         if not gradient:
             return next((name for name, output in outputs if not torch.isfinite(output).all()), None)
-        if not loss.requires_grad:  # stages of a pipeline: the backward pass is not followed from one to the next
-            return None
         watched = [(name, output) for name, output in outputs if output.requires_grad]
-        grads = torch.autograd.grad(loss, [output for _, output in watched], allow_unused=True)
+        # behind the watched outputs of a stage comes what the stage before waits for
+        ends = [output for _, output in watched] + getattr(model, "received", [])
+        grads = torch.autograd.grad(loss, ends, allow_unused=True)
         bad = [
             name
-            for (name, _), grad in zip(watched, grads, strict=True)
+            for (name, _), grad in zip(watched, grads, strict=False)
             if grad is not None and not torch.isfinite(grad).all()
         ]
         return bad[-1] if bad else None

@@ -95,10 +95,15 @@ def _later(engine: Any, **kwargs: Any) -> None:
 
 
 class _Stages:
-    """The whole model for evaluation: a batch goes through all stages, one after the other."""
+    """The whole model outside of training: a batch goes through all stages, one after the other.
+
+    Attributes:
+        received: with gradients, what came from the stage before. Ask for its gradient: that sends it back.
+    """
 
     def __init__(self, stage: Model, pipe: Any) -> None:
         self._stage, self._pipe = stage, pipe
+        self.received: list[Tensor] = []
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -117,12 +122,47 @@ class _Stages:
         return pipeline.broadcast_(found, source=pipeline.size - 1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As ``Model.loss``, equal on all stages; no gradient."""
+        """As ``Model.loss``, equal on all stages; with gradients enabled the last stage's, and 0 on the others."""
+        if torch.is_grad_enabled():
+            return self._traced_loss(batch)
         summed, count = self.scores(batch)[0]
         return (summed / count.clamp(min=1.0)).float(), count.float()
 
+    def _traced_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A loss on every stage whose backward pass goes through all of them."""
+        stage, pipeline = self._stage, self._stage.parallel.pipeline
+        x, self.received = batch["tokens"], []
+        if pipeline.rank > 0:
+            before = pipeline.ranks[pipeline.rank - 1]
+            x = torch.empty(stage.boundary(batch), dtype=stage.dtype, device=x.device)
+            dist.recv(x, before, group=pipeline.handle)
+            x.requires_grad_()
+            x.register_hook(lambda grad: dist.send(grad.contiguous(), before, group=pipeline.handle))
+            self.received = [x]
+        x = stage.run(x, stage.info(batch))
+        if stage.has_head:
+            return stage.loss_of(x, batch)
+        zero = _ToNextStage.apply(x, pipeline.ranks[pipeline.rank + 1], pipeline.handle)
+        return zero, torch.zeros_like(zero)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
+
+
+class _ToNextStage(torch.autograd.Function):
+    """Send activations on; returns 0. Its gradient is what the next stage sends back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, after: int, group: Any) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.after, ctx.group = x.shape, x.dtype, after, group
+        dist.send(x.detach().contiguous(), after, group=group)
+        return x.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        received = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        dist.recv(received, ctx.after, group=ctx.group)
+        return received, None, None
 
 
 def make_pipe_module(stage: Model, parallel: ParallelContext) -> Any:

@@ -150,18 +150,18 @@ class _BadGradient(torch.autograd.Function):
 
 
 def _in_stages(rank: int, size: int, data: str, folder: str) -> list[str]:
-    """Of a pipeline: a NaN in the first stage, and a gradient that goes bad in the last."""
+    """Of a pipeline: a NaN in the first stage, and a gradient that goes bad in the last, then in the first."""
     distributed.shutdown = lambda: None  # type: ignore[assignment]
     from mlm_cli.models.block import Block
 
     forward, heard = Block.forward, []
-    for name, first in (("loss", True), ("gradient", False)):
+    for name, stage, loss in (("loss", 0, True), ("late", 1, False), ("early", 0, False)):
 
-        def spoiled(self: Any, x: torch.Tensor, *given: Any, first: bool = first) -> torch.Tensor:
+        def spoiled(self: Any, x: torch.Tensor, *given: Any, stage: int = stage, loss: bool = loss) -> torch.Tensor:
             out = forward(self, x, *given)
-            if (rank == 0) is not first or self.masks is None:
+            if rank != stage or self.masks is None:
                 return out
-            return out * math.nan if first else _BadGradient.apply(out)
+            return out * math.nan if loss else _BadGradient.apply(out)
 
         Block.forward = spoiled  # type: ignore[method-assign]
         try:
@@ -175,10 +175,13 @@ def _in_stages(rank: int, size: int, data: str, folder: str) -> list[str]:
 
 def test_stages_of_a_pipeline_are_named_too(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     first, second = run_ranks(_in_stages, 2, str(data), str(tmp_path))
-    assert first == second and len(first) == 2
+    assert first == second and len(first) == 3
     assert first[0].startswith("step 1: the loss is nan on rank 0, samples 0-3;"), first[0]
     assert "first bad layer: layers.0" in first[0]
-    assert first[1].startswith("step 1: the gradient norm is inf (loss finite), samples 0-3"), first[1]
+    for message, stage in zip(first[1:], (1, 0), strict=True):
+        assert message.startswith("step 1: the gradient norm is inf (loss finite), "), message
+        assert f"on rank {stage}, samples 0-3" in message
+        assert f"first bad layer: layers.{stage}." in message
 
 
 def test_layer_rank_and_samples_are_named(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
