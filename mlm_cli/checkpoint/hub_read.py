@@ -14,7 +14,7 @@ from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert,
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import check_slices, hub_layout
+from mlm_cli.config.shapes import check_slices
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
@@ -86,7 +86,7 @@ def load_model_folder(
             )
         check_slices(section, parallel.tensor.size)
         model = build_model(section, parallel, dtype=dtype, init=False, head=head)
-        extra = set() if head else head_tensors(section, files)
+        extra = set() if head else head_tensors(config, files)
         _fill(model, files, key_map_of(section, config), extra, num_positions, on_bytes)
     return model, section
 
@@ -108,9 +108,10 @@ def key_map_of(section: ModelSection, config: ConfigReader) -> KeyMap:
     return found.with_prefix(prefix) if prefix else found
 
 
-def head_tensors(section: ModelSection, files: WeightFiles) -> set[str]:
-    """Tensors of heads, of pretraining or of a task: all that a model without its head leaves alone."""
-    heads: re.Pattern[str] = LAYOUTS[hub_layout(section)].HEADS
+def head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
+    """Tensors of heads, of pretraining or of a task, in a folder with this ``config.json``: all that a model without
+    its head leaves alone."""
+    heads: re.Pattern[str] = LAYOUTS[config.values["model_type"]].HEADS
     return {name for name in files.names() if heads.fullmatch(name)}
 
 

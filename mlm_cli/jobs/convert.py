@@ -18,7 +18,7 @@ from mlm_cli.checkpoint import hub_write
 from mlm_cli.checkpoint.convert_source import Source, open_source
 from mlm_cli.checkpoint.folder import check_free_space, fsync_path
 from mlm_cli.checkpoint.hub import save_model_folder
-from mlm_cli.checkpoint.hub_read import LAYOUTS, head_tensors
+from mlm_cli.checkpoint.hub_read import LAYOUTS, head_tensors, read_model_config
 from mlm_cli.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files
 from mlm_cli.checkpoint.megatron_write import check_layout, save_megatron_folder
 from mlm_cli.checkpoint.save import versions
@@ -177,8 +177,9 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
 
 def _task_parameters(source: Source, section: ModelSection) -> int:
     """Parameters of a model with a task's head in place of its own; ``section`` without padding rows."""
+    _, config = read_model_config(source.folder)
     with WeightFiles(source.folder) as files:
-        head = sum(files.numel(name) for name in head_tensors(section, files))
+        head = sum(files.numel(name) for name in head_tensors(config, files))
     return head + sum(layer.held(1) for layer in layer_counts(section) if layer.name != "head")
 
 

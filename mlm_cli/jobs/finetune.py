@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli import distributed, log
+from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, resolve_model
 from mlm_cli.checkpoint.load import load_state
@@ -33,6 +33,7 @@ from mlm_cli.jobs.training_parts import (
     build_numerics,
     build_schedule,
     free_settings,
+    joined,
     kept_pattern,
     optimizer_settings,
     prepare_for_training,
@@ -46,7 +47,6 @@ from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.tasks.batches import training_batches
 from mlm_cli.tasks.task import Task
 from mlm_cli.tasks.task_folder import save_task_model, start_task_model
-from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.engine import Engine, Objective, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
@@ -76,13 +76,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag) -> int:
-    env = distributed.init()
-    if env.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        parallel = ParallelContext.create(
-            tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline, device=env.device
-        )
+    with joined(recipe) as parallel:
         source = resolve_model(init_from)
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer or str(source)))
         batch = batch_arithmetic(recipe, parallel.world.size)
@@ -93,8 +87,6 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
             watch_ranks(session, parallel),
         ):
             return _run(session, data, batch, parallel, source)
-    finally:
-        distributed.shutdown()
 
 
 def _with_model(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli import distributed, log
+from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import (
     check_vocabulary,
@@ -38,6 +38,7 @@ from mlm_cli.jobs.training_parts import (
     build_numerics,
     build_schedule,
     free_settings,
+    joined,
     optimizer_settings,
     prepare_for_training,
     seed_everything,
@@ -49,7 +50,6 @@ from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
-from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.engine import Engine, build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
@@ -75,23 +75,11 @@ def run(recipe: Recipe) -> int:
 
 
 def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
-    env = distributed.init()
-    if env.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        parallel = ParallelContext.create(
-            tensor=recipe.parallel.tensor,
-            pipeline=recipe.parallel.pipeline,
-            context=recipe.parallel.context,
-            sequence=recipe.parallel.sequence,
-            device=env.device,
-        )
+    with joined(recipe) as parallel:
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)
-        with open_session(_fill_in(recipe, tokenizer, batch), stop) as session, watch_ranks(session, parallel):
+        with open_session(fill_in(recipe, tokenizer, batch), stop) as session, watch_ranks(session, parallel):
             return _run(session, tokenizer, batch, parallel)
-    finally:
-        distributed.shutdown()
 
 
 def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: ParallelContext) -> int:
@@ -104,14 +92,14 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         return 0
 
     # data comes first: what is wrong with it is said before anything is built
-    data = agree.all_succeed(lambda: _open_data(recipe, tokenizer))
+    data = agree.all_succeed(lambda: open_data(recipe, tokenizer))
     train_source, valid_source = data["train"], data["valid"]
     assert train_source is not None
-    fingerprint = _data_fingerprint(train_source, tokenizer)
+    fingerprint = data_fingerprint(train_source, tokenizer)
     session.check_data(fingerprint)
 
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    model, engine, streams = _build_engine(
+    model, engine, streams = build_training_engine(
         recipe, batch, parallel, dtype, fresh=session.found is None, config_file=session.run.ds_config
     )
     position = Position(0, 0)
@@ -131,13 +119,14 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
         background=recipe.checkpoint.background,
     )
     _check_space(checkpointer, recipe, position)
-    supply = _supply(recipe, train_source, position, batch, parallel)
-    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=flops_per_token(recipe.model))
+    supply = supply_batches(recipe, train_source, position, batch, parallel)
+    per_token = flops_per_token(recipe.model, masked_share=recipe.data.masking.probability)
+    monitor = build_monitor(session, parallel, dtype, position, flops_per_token=per_token)
     numerics = build_numerics(session, engine, streams, parallel, checkpointer, position)
     _say_plan(recipe, batch, parallel, engine.name, dtype)
     with closing(monitor), closing(supply):  # type: ignore[type-var]
         position, received = train(
-            _plan(recipe, batch),
+            plan_of(recipe, batch),
             engine,
             supply,
             objective,
@@ -173,7 +162,7 @@ def objective(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     return loss, {"tokens": model.count_tokens(batch)}
 
 
-def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
+def fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
     """The recipe with the sizes that follow from tokenizer and ranks, so that its copy means the same anywhere."""
     vocab_size = recipe.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
     if vocab_size is None:
@@ -187,7 +176,7 @@ def _fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recip
     return recipe.model_copy(update={"model": model, "train": section})
 
 
-def _build_engine(
+def build_training_engine(
     recipe: Recipe,
     batch: Batch,
     parallel: ParallelContext,
@@ -196,7 +185,7 @@ def _build_engine(
     fresh: bool,
     config_file: Path | None = None,
 ) -> tuple[Model, Engine, RandomStreams]:
-    """``fresh``: with initial weights; else a checkpoint will fill them in."""
+    """What trains a recipe's model. ``fresh``: with initial weights; else a checkpoint will fill them in."""
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=fresh)
     offload = recipe.parallel.offload == "cpu"
@@ -215,7 +204,7 @@ def _build_engine(
     return model, engine, streams
 
 
-def _supply(
+def supply_batches(
     recipe: Recipe, source: SampleSource, position: Position, batch: Batch, parallel: ParallelContext
 ) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of this data rank from ``position`` on; close it."""
@@ -229,7 +218,8 @@ def _supply(
     )
 
 
-def _plan(recipe: Recipe, batch: Batch) -> Plan:
+def plan_of(recipe: Recipe, batch: Batch) -> Plan:
+    """The steps to take, and what happens after which of them."""
     return Plan(
         steps=recipe.train.steps,
         accumulation=batch.gradient_accumulation_steps,
@@ -246,11 +236,13 @@ def _check_space(checkpointer: Checkpointer, recipe: Recipe, position: Position)
     checkpointer.check_space(1 + (remaining - 1) // recipe.checkpoint.every if recipe.checkpoint.every else 1)
 
 
-def _open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:
+def open_data(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, SampleSource | None]:
+    """Samples by what they are for: ``train``, ``valid`` (None: none were kept apart)."""
     return open_training_data(recipe.data, recipe.model, tokenizer, seed=recipe.seed)
 
 
-def _data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
+def data_fingerprint(source: SampleSource, tokenizer: Tokenizer | None) -> str:
+    """What a checkpoint remembers of its data: another order, text or tokenizer gives another one."""
     return sha256(f"{source.fingerprint} {tokenizer.fingerprint if tokenizer else None}".encode()).hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from mlm_cli import distributed, log
+from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.checkpoint.load import Found, load_state
@@ -17,9 +17,8 @@ from mlm_cli.config.schema import Recipe
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.jobs import pretrain
-from mlm_cli.jobs.training_parts import build_schedule, policy_of
+from mlm_cli.jobs.training_parts import build_schedule, joined, policy_of
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.identity import check_same_run
 from mlm_cli.training.loop import train
 from mlm_cli.training.numerics import Numerics
@@ -47,22 +46,10 @@ def run(recipe: Recipe, request: ReplayRequest) -> tuple[Report, bool]:
         CheckpointError: the checkpoint to verify is damaged. One that cannot be reproduced is a report.
         NumericsError: the step is bad and the run's policy is to stop; layer, rank and samples are named.
     """
-    env = distributed.init()
-    if env.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        parallel = ParallelContext.create(
-            tensor=recipe.parallel.tensor,
-            pipeline=recipe.parallel.pipeline,
-            context=recipe.parallel.context,
-            sequence=recipe.parallel.sequence,
-            device=env.device,
-        )
+    with joined(recipe) as parallel:
         limit_waits(parallel, recipe.train.heartbeat)
         with Watchdog(parallel.world.rank, parallel.world.size, recipe.train.heartbeat):
             return _replay(recipe, request, parallel), parallel.world.rank == 0
-    finally:
-        distributed.shutdown()
 
 
 def check(report: Report) -> None:
@@ -95,7 +82,7 @@ def _replay(recipe: Recipe, request: ReplayRequest, parallel: ParallelContext) -
     folder = RunFolder(request.run)
     tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
     batch = batch_arithmetic(recipe, parallel.world.size)
-    recipe = pretrain._fill_in(recipe, tokenizer, batch)
+    recipe = pretrain.fill_in(recipe, tokenizer, batch)
     agree.all_succeed(lambda: check_same_run(resolve_recipe(str(folder.recipe)), recipe, str(folder)))
     verified = None
     if request.step is None:
@@ -130,13 +117,13 @@ def _take_steps(
     target: int,
 ) -> tuple[Any, Recorder, list[int]]:
     """The engine after ``target``, the records on the way there, and the samples of the last step."""
-    source = agree.all_succeed(lambda: pretrain._open_data(recipe, tokenizer))["train"]
+    source = agree.all_succeed(lambda: pretrain.open_data(recipe, tokenizer))["train"]
     assert source is not None
     seen = (verified or start).manifest.data_fingerprint if (verified or start) else None  # type: ignore[union-attr]
-    if seen is not None and seen != pretrain._data_fingerprint(source, tokenizer):
+    if seen is not None and seen != pretrain.data_fingerprint(source, tokenizer):
         raise UsageError("the data or the tokenizer are not those of this run", hint="name them with data.path=PREFIX")
     dtype = choose_dtype(recipe.train.precision, parallel.device)
-    _, engine, streams = pretrain._build_engine(recipe, batch, parallel, dtype, fresh=start is None)
+    _, engine, streams = pretrain.build_training_engine(recipe, batch, parallel, dtype, fresh=start is None)
     beginning = Position(0, 0)
     if start is not None:
         beginning = load_state(start, engine, streams, parallel)
@@ -146,8 +133,9 @@ def _take_steps(
         assert start is not None, "a run that rolls back has saved its first step"
         return load_state(start, engine, streams, parallel)
 
-    plan = pretrain._plan(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": target})}), batch)
-    with closing(pretrain._supply(recipe, source, beginning, batch, parallel)) as supply:  # type: ignore[type-var]
+    shortened = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": target})})
+    plan = pretrain.plan_of(shortened, batch)
+    with closing(pretrain.supply_batches(recipe, source, beginning, batch, parallel)) as supply:  # type: ignore[type-var]
         listed = Listed(supply)
         recorder = Recorder(listed)
         train(

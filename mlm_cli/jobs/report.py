@@ -13,6 +13,7 @@ from typing import Any
 
 from mlm_cli import log
 from mlm_cli.checkpoint.folder import write_atomic
+from mlm_cli.config.tasks import TASK_KINDS
 from mlm_cli.errors import DataError, UsageError
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -26,6 +27,7 @@ _CURVES = {
     "tokens_per_s": "tokens a second",
 }
 _SCORES = ("valid_", "dev_")
+_MEASURES = frozenset(metric for kind in TASK_KINDS.values() for metric in kind.metrics)  # more is better
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def summary(run: Run) -> dict[str, Any]:
         steps, values = run.curve(key)
         if not values:
             continue
-        best = max if key.endswith(("accuracy", "f1")) else min
+        best = max if _more_is_better(key) else min
         place = values.index(best(values))
         curves[key] = {"first": values[0], "last": values[-1], "best": values[place], "best_step": steps[place]}
     _, speeds = run.curve("tokens_per_s")
@@ -114,6 +116,11 @@ def summary(run: Run) -> dict[str, Any]:
         "mfu": statistics.median(mfu) if mfu else None,
         "curves": curves,
     }
+
+
+def _more_is_better(key: str) -> bool:
+    """``dev_f1``, ``valid_binary_accuracy``, ``tokens_per_s``; less is better of losses."""
+    return key == "tokens_per_s" or key.endswith(tuple(f"_{metric}" for metric in _MEASURES))
 
 
 def as_text(runs: Sequence[Run]) -> str:
@@ -164,29 +171,34 @@ def write_report(runs: Sequence[Run], output: str, *, smooth: float = 0.0) -> No
     matplotlib.use("Agg")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = ["# Report", "", "| run | state | step | tokens/s | MFU |", "|---|---|---|---|---|"]
-    for run in runs:
-        about = summary(run)
+    summaries = [summary(run) for run in runs]
+    parts = ["# Report", "", *_table_of_runs(summaries)]
+    for key in curve_names(runs):
+        if not any(key in about["curves"] for about in summaries):
+            continue
+        _draw(runs, key, folder / f"{key}.png", smooth)
+        parts += ["", f"## {_CURVES.get(key, key)}", "", f"![{key}]({key}.png)", ""]
+        parts += ["| run | first | last | best | at step |", "|---|---|---|---|---|"]
+        for run, about in zip(runs, summaries, strict=True):
+            if (values := about["curves"].get(key)) is not None:
+                numbers = " | ".join(f"{values[name]:.5g}" for name in ("first", "last", "best"))
+                parts.append(f"| {run.name} | {numbers} | {values['best_step']:,} |")
+    write_atomic(folder / "report.md", "\n".join(parts) + "\n")
+    log.info(f"{folder / 'report.md'} written")
+
+
+def _table_of_runs(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    rows = ["| run | state | step | tokens/s | MFU |", "|---|---|---|---|---|"]
+    for about in summaries:
         cells = (
-            str(run.folder),
+            about["run"],
             about["state"] or "unknown",
             f"{about['step']:,}",
             f"{about['tokens_per_s']:,.0f}" if about["tokens_per_s"] else "",
             f"{about['mfu']:.0%}" if about["mfu"] else "",
         )
-        parts.append(f"| {' | '.join(cells)} |")
-    for key in curve_names(runs):
-        if not any(run.curve(key)[1] for run in runs):
-            continue
-        _draw(runs, key, folder / f"{key}.png", smooth)
-        parts += ["", f"## {_CURVES.get(key, key)}", "", f"![{key}]({key}.png)", ""]
-        parts += ["| run | first | last | best | at step |", "|---|---|---|---|---|"]
-        for run in runs:
-            if (values := summary(run)["curves"].get(key)) is not None:
-                numbers = " | ".join(f"{values[name]:.5g}" for name in ("first", "last", "best"))
-                parts.append(f"| {run.name} | {numbers} | {values['best_step']:,} |")
-    write_atomic(folder / "report.md", "\n".join(parts) + "\n")
-    log.info(f"{folder / 'report.md'} written")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _draw(runs: Sequence[Run], key: str, path: Path, smooth: float) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from mlm_cli import log
+from mlm_cli import distributed, log
 from mlm_cli.checkpoint.load import find_newest, load_state
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
@@ -19,6 +21,7 @@ from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams, key_of
+from mlm_cli.training.allocator import keep_freed_memory
 from mlm_cli.training.engine import Engine, OptimizerSettings
 from mlm_cli.training.metrics import find_peak
 from mlm_cli.training.monitor import Monitor
@@ -32,6 +35,25 @@ _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keep
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
 # The length of the context: pretraining may go on at another one than the weights come from.
 CONTEXT_KEYS = ("seq_length", "rotary_scaling")
+
+
+@contextmanager
+def joined(recipe: Recipe) -> Iterator[ParallelContext]:
+    """This process as a rank of its job, whose ranks are laid out as the recipe says; it leaves the job at the end."""
+    env = distributed.init()
+    if env.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        section = recipe.parallel
+        yield ParallelContext.create(
+            tensor=section.tensor,
+            pipeline=section.pipeline,
+            context=section.context,
+            sequence=section.sequence,
+            device=env.device,
+        )
+    finally:
+        distributed.shutdown()
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:

@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, world_size: int, *, device_tflops: float | None = 
     recipe = with_vocabulary(recipe)
     model, batch = recipe.model, batch_arithmetic(recipe, world_size)
     tokens_per_step = batch.global_batch_size * sample_tokens(model)
-    per_token = flops_per_token(model, model.seq_length)
+    per_token = flops_per_token(model, masked_share=recipe.data.masking.probability)
     tokens = samples_of(recipe.train.steps, batch.global_batch_size, recipe.train.rampup) * sample_tokens(model)
     rate = None if device_tflops is None else world_size * device_tflops * 1e12 * mfu
     return Plan(

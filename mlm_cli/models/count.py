@@ -163,16 +163,16 @@ def count_parameters(model: ModelSection) -> int:
     return sum(parameter_parts(model).values())
 
 
-def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float:
+def flops_per_token(model: ModelSection, seq_length: int | None = None, *, masked_share: float = MASKED_SHARE) -> float:
     """Floating-point operations per trained token: forward and backward of the matrix products.
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", eq. 3,
     without its recomputed forward (72 B s l h^2 (1 + s / 6h + V / 12lh) where it has 96 and 16), written out so that
     grouped heads and gated feed-forward layers count as what they are. Attention counts in full, not its causal half;
     where it is sparse, by the keys of its pattern.
-    BERT's output layer counts for the masked tokens only, since only these go through it; of experts, those that a
-    token goes to, and the router. A token of T5 is one that the encoder or the decoder reads: the work of a sample over
-    the tokens of both.
+    BERT's output layer counts for ``masked_share`` of the tokens, since only masked ones go through it; of experts,
+    those that a token goes to, and the router. A token of T5 is one that the encoder or the decoder reads: the work of
+    a sample over the tokens of both.
     """
     if model.family == "t5":
         return _t5_flops(model, seq_length or model.seq_length)
@@ -183,7 +183,7 @@ def flops_per_token(model: ModelSection, seq_length: int | None = None) -> float
     attention = 2 * attended_keys(model, s) * query  # scores and their product with the values
     head: float = padded_vocab_size(model) * h
     if model.family == "bert":
-        head = MASKED_SHARE * (head + h * h)
+        head = masked_share * (head + h * h)
     total = model.num_layers * (weights + mlp + attention) + head
     if model.experts is not None:
         extra = (model.experts.top_k - 1) * mlp + model.experts.num_experts * h

@@ -83,7 +83,7 @@ def start_task_model(
         }
         if any(find(theirs, files, layout) for theirs in pooler.values()):
             kept = _fill_head(model, files, pooler, layout)
-        left = sorted(head_tensors(section, files) - kept)
+        left = sorted(head_tensors(config, files) - kept)
     fresh = [name for name, _ in model.head.named_parameters() if not (kept and name.startswith("pooler."))]
     log.detail(
         f"{folder}: every tensor of the model itself is taken{', and its pooler' if kept else ''}; new: "
@@ -132,7 +132,7 @@ def load_task_model(
     with WeightFiles(folder) as files:
         names = _head_names(section, task_class(config) or "Model")
         used = _fill_head(model, files, names, key_map_of(section, config))
-        spare = head_tensors(section, files) - used
+        spare = head_tensors(config, files) - used
         if spare and spec.reads != "embedding":  # which any model without a head has, and reads no head
             raise CheckpointError(f"{files.file_of(min(spare))}: unexpected tensor {min(spare)}")
     return model

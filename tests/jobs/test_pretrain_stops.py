@@ -15,7 +15,7 @@ from pretrain_runs import fingerprints, make_recipe, metrics, status, write_data
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.jobs import pretrain
 
-OBJECTIVE, OPEN_DATA = pretrain.objective, pretrain._open_data
+OBJECTIVE, OPEN_DATA = pretrain.objective, pretrain.open_data
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,16 @@ def test_summary(run: Path) -> None:
     assert "running, step 5/9 · 300 tokens/s" in text and "6.5000 -> 4.7500, best 4.5000 at step 4" in text
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "exact_match", "pearson", "spearman", "precision", "recall"])
+def test_of_a_tasks_measures_more_is_better(run: Path, metric: str) -> None:
+    records = [
+        {"step": step, f"dev_{metric}": value, "dev_loss": value} for step, value in ((1, 0.2), (2, 0.7), (3, 0.6))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    curves = summary(read_run(str(run)))["curves"]
+    assert (curves[f"dev_{metric}"]["best"], curves["dev_loss"]["best"]) == (0.7, 0.2)
+
+
 def test_a_line_that_is_being_written_is_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')

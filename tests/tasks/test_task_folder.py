@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tasks.task_models import LABELS, SECTIONS, make_batch, make_model, make_task, outputs_and_gradients, wordpiece
 
 from mlm_cli.checkpoint.hub import load_model_folder, save_model_folder
+from mlm_cli.config.schema import AttentionSection
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.heads import TaskModel
 from mlm_cli.models.registry import build_model
@@ -165,6 +166,17 @@ def test_any_model_is_a_start_and_keeps_all_but_its_head(tmp_path: Path, cls: st
         if name.endswith(("wte.weight", "word_embeddings.weight", "embed_tokens.weight"))
     )
     assert torch.equal(model.backbone.embedding.word.weight[:120], words)
+
+
+@pytest.mark.parametrize("layout", ["gpt2", "llama", "bert"])
+def test_a_pattern_of_attention_may_come_with_the_task(tmp_path: Path, layout: str) -> None:
+    task = make_task("classification", SECTIONS[layout], wordpiece(tmp_path / "tok"))
+    pretrained = build_model(SECTIONS[layout], ONE, seed=3)
+    save_model_folder(pretrained, tmp_path / "lm", task.encoder.tokenizer)
+    local = AttentionSection(pattern="local", window=4, block=2)
+    model = start_task_model(tmp_path / "lm", ONE, task.head, seed=1, changes={"attention": local})
+    assert model.backbone.config.attention == local
+    assert torch.equal(model.backbone.embedding.word.weight, pretrained.embedding.word.weight)
 
 
 def test_nothing_is_passed_over_in_silence(tmp_path: Path) -> None:
