@@ -237,6 +237,11 @@ class OptimizerSection(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0, description="not applied to biases and norms")
+    lr_scaling: Literal["none", "initial_std"] = Field(
+        default="none",
+        description="initial_std: lr is that of weights drawn with 0.02, those drawn wider or narrower move in "
+        "proportion; for T5, whose embedding is drawn with 1.0",
+    )
 
 
 class ScheduleSection(Section):

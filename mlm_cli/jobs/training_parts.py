@@ -95,6 +95,7 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
         betas=section.betas,
         eps=section.eps,
         weight_decay=section.weight_decay,
+        lr_scaling=section.lr_scaling,
         clip_grad=recipe.train.clip_grad,
         loss_scale=recipe.train.initial_loss_scale,
         loss_scale_window=recipe.train.loss_scale_window,

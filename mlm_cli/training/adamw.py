@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlm_cli import ops
-from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.engine import OptimizerSettings, ParameterSettings
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Two groups: with weight decay, and without (biases and norms)."""
-    groups: dict[float, list[nn.Parameter]] = {settings.weight_decay: [], 0.0: []}
+    """A group for all parameters with the same settings: those with weight decay first, then biases and norms."""
+    groups: dict[ParameterSettings, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            groups[settings.decay_of(parameter)].append(parameter)
-    return [{"params": members, "weight_decay": decay} for decay, members in groups.items() if members]
+            groups.setdefault(settings.of(parameter), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: item[0].weight_decay == 0.0)
+    return [{"params": members, **asdict(own)} for own, members in ordered]
 
 
 class AdamW(torch.optim.Optimizer):

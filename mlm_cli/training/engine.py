@@ -34,6 +34,9 @@ class Outcome:
     sums: Mapping[str, Any]
 
 
+_USUAL_STD = 0.02  # of initial weights, in GPT and BERT
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW (Loshchilov & Hutter 2019). Weight decay skips parameters of one dimension: biases and norms."""
@@ -44,9 +47,30 @@ class OptimizerSettings:
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
     loss_scale: float = 65536.0  # float16 alone: what it begins with
     loss_scale_window: int = 1000  # float16 alone: calm steps after which it is doubled
+    lr_scaling: Literal["none", "initial_std"] = "none"
 
-    def decay_of(self, parameter: Tensor) -> float:
-        return self.weight_decay if parameter.dim() > 1 else 0.0
+    def of(self, parameter: Tensor) -> ParameterSettings:
+        """What AdamW is told about one parameter.
+
+        With ``lr_scaling`` ``initial_std`` it takes the steps that it would take if all weights had been drawn with
+        GPT's deviation of 0.02 and multiplied by a constant afterwards: those drawn wider move further. Adafactor does
+        the same with the size they have at each step (Shazeer and Stern 2018, section 8). Where parts of a parameter
+        are drawn differently (queries beside keys) the narrowest counts; what starts from zeros or ones is not scaled.
+        """
+        decay = self.weight_decay if parameter.dim() > 1 else 0.0
+        scale, init = 1.0, getattr(parameter, "init", None)
+        if self.lr_scaling == "initial_std" and isinstance(init, float | tuple):
+            scale = (min(init) if isinstance(init, tuple) else init) / _USUAL_STD
+        return ParameterSettings(lr_scale=scale, weight_decay=decay / scale, eps=self.eps / scale)
+
+
+@dataclass(frozen=True)
+class ParameterSettings:
+    """Of one parameter: what the learning rate is multiplied with, and AdamW's own settings."""
+
+    lr_scale: float
+    weight_decay: float
+    eps: float
 
 
 class Engine(Protocol):

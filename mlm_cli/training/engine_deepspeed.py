@@ -143,7 +143,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._optimizer.updates = self._updates + 1
         hopeless = self.scaler is not None and self.scaler.hopeless
         self._take_step()

@@ -19,7 +19,7 @@ from mlm_cli.checkpoint.state import Fragment
 from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
-from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
+from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome, ParameterSettings
 from mlm_cli.training.loss_scale import LossScale
 
 _BUCKET = 1 << 24  # gradients reduced over data ranks at once, in elements
@@ -35,7 +35,7 @@ class _Slot:
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    weight_decay: float
+    settings: ParameterSettings
     buffer: Tensor | None = None
     filled: bool = False
 
@@ -114,11 +114,11 @@ class PlainEngine:
                 slot.exp_avg,
                 slot.exp_avg_sq,
                 None if slot.master.dtype == slot.param.dtype else slot.param.data,
-                lr=lr,
+                lr=lr * slot.settings.lr_scale,
                 beta1=beta1,
                 beta2=beta2,
-                eps=self.settings.eps,
-                weight_decay=slot.weight_decay,
+                eps=slot.settings.eps,
+                weight_decay=slot.settings.weight_decay,
                 step=self.updates,
                 grad_scale=grad_scale,
             )
@@ -180,9 +180,7 @@ class PlainEngine:
     def _make_slot(self, name: str, param: nn.Parameter, dtype: torch.dtype) -> _Slot:
         master = param.detach().float().contiguous()
         param.data = master if dtype == torch.float32 else master.to(dtype)
-        return _Slot(
-            name, param, master, torch.zeros_like(master), torch.zeros_like(master), self.settings.decay_of(param)
-        )
+        return _Slot(name, param, master, torch.zeros_like(master), torch.zeros_like(master), self.settings.of(param))
 
     def _make_buffers(self) -> None:
         """One flat float32 buffer; each gradient is added to its part of it, and freed, as soon as autograd made it."""

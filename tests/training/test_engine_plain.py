@@ -88,7 +88,7 @@ def test_the_norm_of_large_bfloat16_gradients() -> None:
 
 def test_decays_matrices_only() -> None:
     model = make_model()
-    decays = {name: SETTINGS.decay_of(p) for name, p in model.named_parameters()}
+    decays = {name: SETTINGS.of(p).weight_decay for name, p in model.named_parameters()}
     assert decays == {"0.weight": 0.1, "0.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0, "3.weight": 0.1}
 
 
