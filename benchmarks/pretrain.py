@@ -23,7 +23,6 @@ HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, LENGTH = 6, 384, 256
 CORES = len(os.sched_getaffinity(0))
 OURS = ("mlm", "mlm-again")
-LAYOUTS = ("tensor2", "data2")  # ours on two ranks with half of the cores each
 RIVALS = {
     "fp32": ("plain", "compile", "litgpt", "trainer"),
     "bf16": ("plain", "compile", "litgpt", "litgpt-true", "trainer"),
@@ -51,7 +50,7 @@ def compare(vocab: int, batch: int, precision: str, rounds: int, units: int, nam
     workers = [
         Worker(
             name,
-            [sys.executable if name in (*OURS, *LAYOUTS, "plain", "compile") else rival_python,
+            [sys.executable if name in (*OURS, "plain", "compile") else rival_python,
              str(HERE / "pretrain_contenders.py"), name, "--vocab", str(vocab), "--batch", str(batch),
              "--precision", precision],
             {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"},
@@ -93,13 +92,12 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--units", type=int, default=5, help="steps a turn")
-    parser.add_argument("--layouts", action="store_true", help="also two ranks with half of the cores each")
     parser.add_argument("--only", nargs="*", help="of the rivals")
     args = parser.parse_args()
     tables = []
     for precision in args.precision:
         rivals = [name for name in RIVALS[precision] if args.only is None or name in args.only]
-        names = [*OURS, *(LAYOUTS if args.layouts else ()), *rivals]
+        names = [*OURS, *rivals]
         for vocab in args.vocab:
             tables += [compare(vocab, batch, precision, args.rounds, args.units, names) for batch in args.batch]
     print(f"\nwritten to {save('pretrain', {'tables': tables})}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 256
 LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
+LAYOUTS = {"tensor2": (2, 1, 0), "data2": (1, 1, 0), "data2-zero1": (1, 1, 1), "pipeline2": (1, 2, 1)}  # and ZeRO stage
 Work = Callable[[int], dict[str, Any] | None]
 
 
@@ -184,11 +185,12 @@ def mlm(args: argparse.Namespace) -> Work:
     from mlm_cli.models.registry import build_gpt
     from mlm_cli.parallel.context import ParallelContext
     from mlm_cli.training.allocator import keep_freed_memory
-    from mlm_cli.training.engine import OptimizerSettings, build_engine
+    from mlm_cli.training.engine import OptimizerSettings, build_engine, choose_engine
 
     env = distributed.init()
     keep_freed_memory()
-    parallel = ParallelContext.create(tensor=args.tensor, device=env.device)
+    tensor, pipeline, zero = LAYOUTS.get(args.contender, (1, 1, 0))
+    parallel = ParallelContext.create(tensor=tensor, pipeline=pipeline, device=env.device)
     section = ModelSection(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab
     )
@@ -197,13 +199,14 @@ def mlm(args: argparse.Namespace) -> Work:
     model.dtype = dtype
     settings = OptimizerSettings(betas=BETAS, weight_decay=DECAY, clip_grad=CLIP)
     engine = build_engine(
-        "plain",
+        choose_engine("auto", zero=zero, parallel=parallel),
         model,
         parallel,
         settings,
         dtype=dtype,
-        accumulation=1,
+        accumulation=args.micro_batches,
         micro_batch_size=args.batch // parallel.data.size,
+        zero=zero,
     )
     data = tokens(args.vocab, args.batch)
     mine = slice(parallel.data.rank, None, parallel.data.size)
@@ -211,10 +214,10 @@ def mlm(args: argparse.Namespace) -> Work:
     def work(steps: int) -> dict[str, Any]:
         steps = int(parallel.world.broadcast_(torch.tensor(steps)))
         for _ in range(steps):
-            rows = next(data)[mine]
-            (outcome,) = engine.accumulate(objective, [{"tokens": rows[:, :-1], "labels": rows[:, 1:]}])
+            rows = [next(data)[mine] for _ in range(args.micro_batches)]
+            outcomes = engine.accumulate(objective, [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in rows])
             engine.step(LR)
-        return {"loss": float(outcome.loss)}
+        return {"loss": float(outcomes[-1].loss)}
 
     return work
 
@@ -304,8 +307,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of one step; ours alone")
     args = parser.parse_args()
-    args.tensor = 2 if args.contender == "tensor2" else 1
     torch.manual_seed(1)
     if args.contender == "trainer":
         trainer(args)
@@ -315,8 +318,7 @@ def main() -> None:
         "mlm-again": lambda: mlm(args),
         "plain": lambda: plain(args, compiled=False),
         "compile": lambda: plain(args, compiled=True),
-        "tensor2": lambda: two_ranks(args, mlm),
-        "data2": lambda: two_ranks(args, mlm),
+        **{name: lambda: two_ranks(args, mlm) for name in LAYOUTS},
         "megatron-core": lambda: two_ranks(args, megatron_core),
         "litgpt": lambda: litgpt(args),
         "litgpt-true": lambda: litgpt(args),
