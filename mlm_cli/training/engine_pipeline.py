@@ -8,6 +8,7 @@ one fastest, as ``ParallelContext`` numbers the ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,6 +51,8 @@ class PipelineEngine(DeepSpeedEngine):
             micro_batch_size=micro_batch_size,
             config_file=config_file,
         )
+        if dtype != torch.bfloat16:  # whose optimizer takes one norm by itself
+            self._zero.scaled_global_norm = partial(_norm_of_all_groups, self._zero)
         self.model = _Stages(model, self._pipe)  # type: ignore[assignment]
 
     def _make_deepspeed(self, config: dict[str, Any]) -> Any:
@@ -88,6 +91,23 @@ class PipelineEngine(DeepSpeedEngine):
         copies = self._stage_model.copies
         found = super().fragments()
         return [Fragment(f.name, f.shape, f.shard, f.start, f.tensors, copy=f.name in copies) for f in found]
+
+
+def _norm_of_all_groups(zero: Any, norm_type: int = 2) -> Tensor:
+    """The gradient norm with one reduction for all parameter groups.
+
+    DeepSpeed reduces once a group, and stages may have different numbers of them (``lr_scaling``): they would wait for
+    each other forever.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import combine_grad_norm_groups
+
+    gradients, parameters = [], []
+    for number in range(len(zero.bit16_groups)):
+        kept = [grad for grad in zero.averaged_gradients[number] if not getattr(grad, "_zero_padding", False)]
+        for gradient, parameter in zip(kept, zero.params_in_partition[number], strict=False):  # as DeepSpeed pairs them
+            gradients.append(gradient)
+            parameters.append(parameter)
+    return combine_grad_norm_groups([zero.get_grad_norm_direct(gradients, parameters)], norm_type=norm_type)
 
 
 def _later(engine: Any, **kwargs: Any) -> None:

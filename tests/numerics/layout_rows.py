@@ -87,6 +87,10 @@ _MODELS["t5"] = {
 }
 
 
+# T5's stages have parameter groups of their own each: the embedding is on the first one.
+_RATES: dict[str, dict[str, Any]] = {"t5": {"lr": 3e-4, "lr_scaling": "initial_std"}}
+
+
 @dataclass(frozen=True)
 class Distance:
     """Largest difference from the run of one rank, relative: of losses, of gradient norms, of the final weights."""
@@ -120,7 +124,7 @@ def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: st
                 "recompute": recompute,
             },
             # A key's bias has no gradient; a larger eps keeps AdamW from blowing up its rounding errors.
-            "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-5},
+            "optimizer": {"weight_decay": 0.1, "eps": 1e-5, **_RATES.get(family, {"lr": 3e-3})},
             "schedule": {"warmup_steps": 3},
             "parallel": parallel,
             "checkpoint": {"every": 0},
