@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 256
 LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
-LAYOUTS = {"tensor2": (2, 1, 0), "data2": (1, 1, 0), "data2-zero1": (1, 1, 1), "pipeline2": (1, 2, 1)}  # tensor, pipeline, ZeRO
+LAYOUTS = {"tensor2": (2, 1, 0), "data2": (1, 1, 0), "data2-zero1": (1, 1, 1), "pipeline2": (1, 2, 1)}  # t, p, ZeRO
 Work = Callable[[int], dict[str, Any] | None]
 
 
