@@ -60,7 +60,7 @@ def _supervised_store(rank: int, world_size: int, timeout_seconds: float) -> tor
         return None
     from torch.distributed import TCPStore
 
-    door = os.environ.get("MLM_MASTER_FD")
+    door = os.environ.pop("MLM_MASTER_FD", None)  # the store closes it: its number may soon be another file's
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

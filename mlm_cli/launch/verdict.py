@@ -46,9 +46,9 @@ class Verdict:
 def judge(exits: list[Exit]) -> Verdict:
     """The verdict over all ranks.
 
-    A rank that explained its error is the cause, even when another was noticed first: that one may have aborted
-    because its neighbour left. Otherwise it is the first rank to end with a code it chose or by a signal nobody here
-    sent; what the others said afterwards, such as a closed connection, follows. A rank lost without a word makes it 6.
+    The cause is the first rank to end with a code it chose or by a signal nobody here sent; what the others said
+    afterwards, such as a closed connection, follows. A rank that aborted (SIGABRT) may have done so because a neighbour
+    left, and may be noticed before it: one that explained its error goes first. A rank lost without a word makes it 6.
     """
     failed = sorted(
         (item for item in exits if item.code != 0), key=lambda item: (item.time, item.code not in DELIBERATE)
@@ -56,8 +56,10 @@ def judge(exits: list[Exit]) -> Verdict:
     if not failed:
         return Verdict(0)
     own = [item for item in failed if not item.ours] or failed
-    explained = [item for item in own if item.code in EXPLAINED]
     chosen = [item for item in own if item.code in DELIBERATE or item.code < 0]
+    explained = []
+    if chosen and chosen[0].code == -signal.SIGABRT:
+        explained = [item for item in chosen if item.code in EXPLAINED]
     unexplained = [item for item in own if item.code not in (1, RANK_LOST)]
     culprit = (explained or chosen or unexplained or [item for item in own if item.code == 1] or own)[0]
     if culprit.code in DELIBERATE or culprit.code == 1:

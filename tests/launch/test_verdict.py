@@ -23,6 +23,8 @@ def ended(*items: tuple[int, int, float] | tuple[int, int, float, bool]) -> list
         (ended((0, 1, 1.2), (1, 3, 1)), 3, 1),
         (ended((0, 3, 1), (1, -6, 1.2)), 3, 0),  # aborted when its neighbour left
         (ended((0, 3, 1.05), (1, -6, 1)), 3, 0),  # noticed in the other order
+        (ended((0, 4, 3), (1, -9, 1)), 6, 1),  # killed first, and that is what the other could not read
+        (ended((0, 75, 1), (1, 7, 2)), 75, 0),
         (ended((0, 1, 1), (1, 1, 1.2)), 1, 0),  # a bug of ours, told with its traceback
         (ended((0, -15, 4, True), (1, 17, 1)), 6, 1),
         (ended((0, 0, 1), (1, -11, 5)), 6, 1),

@@ -39,6 +39,29 @@ def test_norm_agrees_with_float64(kind: str, shape: tuple[int, ...], dtype: torc
         assert_close(got, want, size=4 * magnified * max(1.0, float(rows) ** 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("width", [1024, 4096], ids=str)
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "residual_norm"])
+def test_results_stored_past_the_cache_are_the_same_bits(kind: str, width: int, dtype: torch.dtype) -> None:
+    """From 32 MB on results go past the cache, several rows at once; pieces of the same rows do not."""
+    rows = (33 << 20) // (width * dtype.itemsize) | 3  # some are left over by groups of two and four
+    x, grad, weight = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype), random(width, dtype=dtype)
+
+    def run(rows_of_x: Tensor, rows_of_grad: Tensor) -> list[Tensor]:
+        leaf = rows_of_x.clone().requires_grad_()
+        if kind == "residual_norm":
+            results = ops.residual_norm(leaf, rows_of_x.flip(-1), weight)
+        else:
+            results = (getattr(ops, kind)(leaf, weight),)
+        (leaf_grad,) = torch.autograd.grad(results, leaf, [rows_of_grad] * len(results))
+        return [*results, leaf_grad]
+
+    whole = run(x, grad)
+    pieces = [run(*rows_of) for rows_of in zip(x.split(rows // 5), grad.split(rows // 5), strict=True)]
+    for found, *parts in zip(whole, *pieces, strict=True):
+        assert torch.equal(found, torch.cat(parts))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("with_bias", [True, False])
