@@ -69,7 +69,6 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "tensor fp32": {"parallel": {"tensor": 2}},
             "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
-            "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
             "pipeline fp32": {"parallel": {"pipeline": 2}},
             "pipeline bf16 recomputed growing": {
                 "parallel": {"pipeline": 2},
@@ -84,9 +83,19 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             },
             "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
+            "data zero-3 fp32": {"parallel": {"zero": 3}},
+        },
+    ),
+}
+
+
+SLOW: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "two ranks, more": (
+        2,
+        {
+            "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
             "data zero-2 bf16 growing": {"parallel": {"zero": 2}, "train__precision": "bf16", "train__rampup": RAMPUP},
-            "data zero-3 fp32": {"parallel": {"zero": 3}},
             "data zero-3 bf16 recomputed": {
                 "parallel": {"zero": 3},
                 "train__precision": "bf16",
@@ -94,10 +103,6 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             },
         },
     ),
-}
-
-
-SLOW = {
     "two ranks, fp16": (
         2,
         {
@@ -109,7 +114,7 @@ SLOW = {
             "zero 3": {"train": FP16, "parallel": {"zero": 3}},
             "zero 3 offload": {"train": FP16, "parallel": {"zero": 3, "offload": "cpu"}},
         },
-    )
+    ),
 }
 
 

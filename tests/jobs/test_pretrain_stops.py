@@ -48,7 +48,7 @@ def test_a_signal_at_any_moment(
             ask()
 
     if moment == "loading":
-        monkeypatch.setattr(pretrain, "_open_data", lambda *given: once() or OPEN_DATA(*given))
+        monkeypatch.setattr(pretrain, "open_data", lambda *given: once() or OPEN_DATA(*given))
     elif moment == "first step":
         monkeypatch.setattr(pretrain, "objective", lambda model, batch: once() or OBJECTIVE(model, batch))
     else:

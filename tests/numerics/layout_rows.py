@@ -66,7 +66,8 @@ ROWS |= {
         "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
     }.items()
 }
-REFERENCES = ("reference", "t5 reference", "bert reference", "experts reference")  # of one rank, for each family
+REFERENCE_NAMES = ("reference", "t5 reference", "bert reference", "experts reference")  # of one rank, for each family
+REFERENCES = [(name, "none") for name in REFERENCE_NAMES]
 RECOMPUTE = ("none", "full")
 _MODELS: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -175,17 +176,21 @@ def ways(name: str) -> tuple[str, ...]:
     return ("full",) if family_of(name) != "gpt" and ROWS[name][0] == 2 else RECOMPUTE
 
 
-def run_rows(rank: int, size: int, data: str, folder: str, names: list[str]) -> None:
-    """On every rank: each row, one after the other."""
+def runs_of(size: int) -> list[tuple[str, str]]:
+    """Name and recomputation of all rows of so many ranks."""
+    return [(name, how) for name, (ranks, _) in ROWS.items() if ranks == size for how in ways(name)]
+
+
+def run_rows(rank: int, size: int, data: str, folder: str, runs: list[tuple[str, str]]) -> None:
+    """On every rank: each run, one after the other."""
     from mlm_cli import distributed
     from mlm_cli.jobs import pretrain
 
     distributed.shutdown = lambda: None  # type: ignore[assignment] # several runs in one process group
-    for name in names:
-        for how in ("none",) if name in REFERENCES else ways(name):
-            output = Path(folder) / f"{name} {how}".replace(" ", "-")
-            parallel = {} if name in REFERENCES else ROWS[name][1]
-            assert pretrain.run(make_recipe(data, output, parallel, how, family_of(name))) == 0
+    for name, how in runs:
+        output = Path(folder) / f"{name} {how}".replace(" ", "-")
+        parallel = {} if name in REFERENCE_NAMES else ROWS[name][1]
+        assert pretrain.run(make_recipe(data, output, parallel, how, family_of(name))) == 0
 
 
 def distance(folder: Path, name: str, how: str) -> Distance:
@@ -238,10 +243,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = write_data(folder / "data")
-        launch(run_rows, 1, data, place, list(REFERENCES))
+        launch(run_rows, 1, data, place, REFERENCES)
         for size in sorted({ranks for ranks, _ in ROWS.values()}):
-            names = [name for name, (ranks, _) in ROWS.items() if ranks == size]
-            launch(run_rows, size, data, place, names, timeout=900.0)
+            launch(run_rows, size, data, place, runs_of(size), timeout=900.0)
         PAGE.write_text(page({(name, how): distance(folder, name, how) for name in ROWS for how in ways(name)}))
 
 
