@@ -42,15 +42,33 @@ def _rank_main(
         distributed.shutdown()
 
 
+_PRELOADED = ["torch", "deepspeed", "mlm_cli.jobs.pretrain"]
+_environment: dict[str, str] = {}  # of the server that ranks are forked from
+
+
+def _context() -> Any:
+    """How processes are started: forked from one that has imported what takes seconds, or anew.
+
+    What is imported may have looked at the environment, so a test that changes it gets new processes.
+    """
+    import torch.multiprocessing as mp
+
+    now = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+    if _environment and now != _environment:
+        return mp.get_context("spawn")
+    _environment.update(now)
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` on real processes joined over gloo; answers in rank order.
 
     ``fn`` must be defined at the top of a module and return plain values or numpy arrays. A failing rank fails the test
     with its traceback.
     """
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
+    context = _context()
     results = context.Queue()
     port = free_port()
     processes = [
