@@ -1,10 +1,9 @@
-"""The program as a user meets it: real processes, exit codes, what goes to stdout and what to stderr, and how fast."""
+"""The program as a user meets it: real processes, exit codes, what goes to stdout and to stderr, what it imports."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -68,15 +67,8 @@ def test_version() -> None:
         ["pretrain", "gpt/355m", "train.stepz=1"],
     ],
 )
-def test_help_and_usage_errors_are_fast_and_import_nothing_heavy(arguments: list[str]) -> None:
-    def once() -> float:
-        """Processor time: the wall time of an idle machine, whatever else runs on this one."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        mlm(*arguments)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(once() for _ in range(3)) < 0.4
+def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    """What keeps the answer quick; how quick is measured by ``benchmarks/startup.py``."""
     code = (
         "import sys; from mlm_cli.cli.app import run; run(sys.argv[1:]);"
         f"sys.stderr.write('LOADED ' + ' '.join(name for name in {HEAVY!r} if name in sys.modules))"

