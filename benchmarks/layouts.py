@@ -36,6 +36,9 @@ def compare(micro_batches: int, precision: str, args: argparse.Namespace) -> lis
     ]  # fmt: skip
     one = workers[0]
     interleave(workers, rounds=args.rounds, units=max(1, args.units // micro_batches))
+    if one.failure:
+        print(f"  {precision:<6}{micro_batches:>6}  no rank to compare with: {one.failure}", file=sys.stderr)
+        return []
     rows = []
     for worker in workers:
         if worker.failure:

@@ -49,11 +49,13 @@ _environment: dict[str, str] = {}  # of the server that ranks are forked from
 def _context() -> Any:
     """How processes are started: forked from one that has imported what takes seconds, or anew.
 
-    What is imported may have looked at the environment, so a test that changes it gets new processes.
+    What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in this
+    very process leaves behind is set anew in each rank.
     """
     import torch.multiprocessing as mp
 
-    now = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+    left = ("PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR")
+    now = {key: value for key, value in os.environ.items() if key not in left}
     if _environment and now != _environment:
         return mp.get_context("spawn")
     _environment.update(now)

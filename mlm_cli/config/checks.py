@@ -271,20 +271,16 @@ def _engine(recipe: Recipe) -> Iterator[Mistake]:
 
 def _offload(recipe: Recipe) -> Iterator[Mistake]:
     parallel, keys = recipe.parallel, ("parallel.offload", "parallel.zero", "train.engine")
-    if parallel.offload == "nvme":
-        yield Mistake(
-            keys[:1],
-            "`parallel.offload` nvme: a checkpoint could not be read back into state that lies on a disk",
-            "use `parallel.offload=cpu`, with `parallel.zero=3` over more ranks where memory is short",
-        )
-    elif parallel.offload == "cpu" and (parallel.zero != 3 or recipe.train.engine == "plain"):
+    if parallel.offload == "none":
+        return
+    if parallel.zero != 3 or recipe.train.engine == "plain":
         yield Mistake(
             keys,
             "`parallel.offload` goes with `parallel.zero` 3 alone: at 1 and 2 DeepSpeed would add gradients up "
             "in half precision",
             "use `parallel.zero=3` and `train.engine=auto`, or `parallel.offload=none`",
         )
-    elif parallel.offload == "cpu" and recipe.task is not None:
+    elif recipe.task is not None:
         yield Mistake(keys[:1], "`parallel.offload` is for pretraining alone", "use `parallel.offload=none`")
 
 

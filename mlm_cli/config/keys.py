@@ -13,7 +13,10 @@ from mlm_cli.config.schema import Recipe
 
 # Keys that hold files, folders or prefixes. Those of the second kind may also hold a name (Hub, `bytes`, `auto`) and
 # are made absolute only if something by that name is there.
-PATH_KEYS = ("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data")
+PATH_KEYS = (
+    *("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data"),
+    "parallel.offload_folder",
+)
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
 
 # Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.

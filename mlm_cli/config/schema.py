@@ -275,7 +275,11 @@ class ParallelSection(Section):
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         default="none",
-        description="cpu, with `zero` 3: weights, masters and moments live in the host's memory, where the update runs",
+        description="with `zero` 3; cpu: weights, masters and moments live in the host's memory, where the update runs;"
+        " nvme: masters and moments in files of `offload_folder`",
+    )
+    offload_folder: str | None = Field(
+        default=None, description="on a disk of each machine, as fast as there is one; unset: the run's folder"
     )
 
 

@@ -188,7 +188,7 @@ def build_training_engine(
     """What trains a recipe's model. ``fresh``: with initial weights; else a checkpoint will fill them in."""
     seed_everything(recipe.seed, parallel)
     model, streams = _build_model(recipe, parallel, dtype, fresh=fresh)
-    offload = recipe.parallel.offload == "cpu"
+    offload = recipe.parallel.offload != "none"
     engine = build_engine(
         choose_engine(recipe.train.engine, zero=recipe.parallel.zero, parallel=parallel, offload=offload),
         model,
@@ -199,9 +199,17 @@ def build_training_engine(
         micro_batch_size=batch.micro_batch_size,
         zero=recipe.parallel.zero,
         offload=offload,
+        state_folder=_state_folder(recipe),
         config_file=config_file,
     )
     return model, engine, streams
+
+
+def _state_folder(recipe: Recipe) -> Path | None:
+    """Where masters and moments lie under ``parallel.offload: nvme``."""
+    if recipe.parallel.offload != "nvme":
+        return None
+    return Path(recipe.parallel.offload_folder or recipe.output)
 
 
 def supply_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.config.shapes import (
@@ -26,7 +27,7 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        offloaded: weights, gradients and optimizer lie in the memory of the host (``parallel.offload``).
+        offload: ``cpu``: weights, gradients and optimizer lie in the memory of the host; ``nvme``: optimizer on a disk.
     """
 
     weights: int
@@ -34,17 +35,24 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
-    offloaded: bool = False
+    offload: Literal["none", "cpu", "nvme"] = "none"
 
     @property
     def host(self) -> int:
         """Beside the device."""
-        return self.weights + self.gradients + self.optimizer if self.offloaded else 0
+        if self.offload == "none":
+            return 0
+        return self.weights + self.gradients + (self.optimizer if self.offload == "cpu" else 0)
+
+    @property
+    def disk(self) -> int:
+        """Beside both."""
+        return self.optimizer if self.offload == "nvme" else 0
 
     @property
     def total(self) -> int:
         """On the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits - self.host
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits - self.host - self.disk
 
 
 def parameters_per_rank(model: ModelSection, tensor: int, pipeline: int = 1) -> int:
@@ -95,7 +103,7 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         optimizer=(12 if half else 8) * params // shards,
         activations=activations,
         logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),
-        offloaded=recipe.parallel.offload == "cpu",
+        offload=recipe.parallel.offload,
     )
 
 

@@ -150,6 +150,7 @@ def as_text(plan: Plan) -> str:
     rows.append(("FLOPs", f"{short(plan.flops_per_token)} a token, {plan.flops:.3g} in all ({FLOPS_FORMULA})"))
     held = plan.memory
     beside = f", and {gib(held.host)} of the host's" if held.host else ""
+    beside += f", {gib(held.disk)} on a disk" if held.disk else ""
     rows.append(("memory a rank", f"{gib(held.total)} estimated{beside}, precision {plan.precision}"))
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         rows.append(
@@ -157,7 +158,7 @@ def as_text(plan: Plan) -> str:
                 f"  {name}",
                 gib(getattr(held, name))
                 + (f" (ZeRO-{plan.zero})" if name in ZERO_CUTS[: plan.zero] else "")
-                + (" on the host" if held.offloaded and name in ZERO_CUTS else ""),
+                + _elsewhere(name, held.offload),
             )
         )
     if plan.seconds is None or plan.seconds_per_step is None:
@@ -167,6 +168,12 @@ def as_text(plan: Plan) -> str:
         rows.append(("time", f"{duration(plan.seconds)}, {plan.seconds_per_step:.3g} s a step ({rate})"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _elsewhere(name: str, offload: str) -> str:
+    if offload == "none" or name not in ZERO_CUTS:
+        return ""
+    return " on a disk" if offload == "nvme" and name == "optimizer" else " on the host"
 
 
 def short(number: float) -> str:

@@ -109,10 +109,12 @@ def first_bad_layer(model: nn.Module, objective: Objective, batch: Batch, *, gra
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    was_training, recompute = model.training, getattr(model, "recompute", None)
+    was_training = model.training
+    # a layer that is recomputed keeps no graph to look at; a wrapper's modules() are those of what it wraps
+    recomputing: list[Any] = [module for module in model.modules() if getattr(module, "recompute", False)]
     model.eval()
-    if recompute:
-        model.recompute = False  # type: ignore[assignment]
+    for module in recomputing:
+        module.recompute = False
     try:
         with torch.set_grad_enabled(gradient):
             loss, _ = objective(model, batch)
@@ -132,8 +134,8 @@ def first_bad_layer(model: nn.Module, objective: Objective, batch: Batch, *, gra
         for handle in handles:
             handle.remove()
         model.train(was_training)
-        if recompute:
-            model.recompute = recompute
+        for module in recomputing:
+            module.recompute = True
 
 
 def sample_ids(batch: Batch) -> list[int]:

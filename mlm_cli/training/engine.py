@@ -154,6 +154,7 @@ def build_engine(
     micro_batch_size: int,
     zero: int = 1,
     offload: bool = False,
+    state_folder: Path | None = None,
     config_file: Path | None = None,
 ) -> Engine:
     """Put a float32 model under an engine that computes in ``dtype``.
@@ -162,6 +163,7 @@ def build_engine(
         accumulation: most micro-batches of one update on this rank.
         zero: ZeRO stage of the DeepSpeed engine.
         offload: at stage 3 keep its state in the memory of the host.
+        state_folder: of the offloaded state, keep masters and moments in files of this folder instead.
         config_file: where to leave a copy of what DeepSpeed was given.
     """
     if kind == "plain":
@@ -193,5 +195,6 @@ def build_engine(
         micro_batch_size=micro_batch_size,
         zero=max(1, zero),
         offload=offload,
+        state_folder=state_folder,
         config_file=config_file,
     )

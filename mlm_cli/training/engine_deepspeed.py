@@ -32,6 +32,7 @@ from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training import zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
+from mlm_cli.training.disk_state import DiskState
 from mlm_cli.training.ds_config import make_ds_config
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome
 from mlm_cli.training.loss_scale import DeepSpeedScale
@@ -64,6 +65,7 @@ class DeepSpeedEngine:
         micro_batch_size: int = 1,
         zero: int = 1,
         offload: bool = False,
+        state_folder: Path | None = None,
         config_file: Path | None = None,
     ) -> None:
         self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
@@ -99,7 +101,8 @@ class DeepSpeedEngine:
             half = dtype == torch.float16
             self.scaler = DeepSpeedScale(self._zero.loss_scaler, settings.loss_scale) if half else None
             if zero == 3:
-                zero3.make_state(self._zero, self._optimizer)
+                disk = DiskState(state_folder) if offload and state_folder is not None else None
+                zero3.make_state(self._zero, self._optimizer, disk)
             else:
                 self._optimizer.make_state()
                 self._zero._lazy_init_hp_params_optimizer_state()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlm_cli.checkpoint.state import KINDS, Fragment
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training.adamw import AdamW
+from mlm_cli.training.disk_state import DiskState
 
 
 def announce_uses(runner: nn.Module, model: nn.Module) -> None:
@@ -53,9 +54,16 @@ class Gathering:
         return getattr(self._model, name)
 
 
-def make_state(zero: Any, optimizer: AdamW) -> None:
-    """Create the moments of this rank's partitions, so that they can be filled from a checkpoint."""
+def make_state(zero: Any, optimizer: AdamW, disk: DiskState | None = None) -> None:
+    """Create the moments of this rank's partitions, so that they can be filled from a checkpoint.
+
+    Args:
+        disk: where they are to lie, and the masters of an offloaded optimizer with them.
+    """
     for partition in zero.fp32_partitioned_groups_flat:
+        if disk is not None:
+            partition.data = disk.copy_of(partition.data)
+            optimizer.state[partition] = {kind: disk.zeros(partition.numel()) for kind in KINDS if kind != "master"}
         optimizer.moments(partition)
 
 

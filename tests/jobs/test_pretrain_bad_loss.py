@@ -15,6 +15,7 @@ from mlm_cli import distributed
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.checkpoint.manifest import read_manifest
 from mlm_cli.config.checks import check
+from mlm_cli.config.schema import Recipe
 from mlm_cli.errors import NumericsError
 from mlm_cli.jobs import pretrain
 
@@ -149,23 +150,21 @@ class _BadGradient(torch.autograd.Function):
         return grad * math.inf
 
 
-def _in_stages(rank: int, size: int, data: str, folder: str) -> list[str]:
-    """Of a pipeline: a NaN in the first stage, and a gradient that goes bad in the last, then in the first."""
+def _in_stages(rank: int, size: int, recipe: Recipe, cases: dict[str, tuple[int, bool]]) -> list[str]:
+    """What a pipeline says when the blocks of one stage spoil their output, or the gradient that they are given."""
     distributed.shutdown = lambda: None  # type: ignore[assignment]
     from mlm_cli.models.block import Block
 
     forward, heard = Block.forward, []
-    for name, stage, loss in (("loss", 0, True), ("late", 1, False), ("early", 0, False)):
+    for name, (stage, gradient) in cases.items():
 
-        def spoiled(self: Any, x: torch.Tensor, *given: Any, stage: int = stage, loss: bool = loss) -> torch.Tensor:
-            out = forward(self, x, *given)
-            if rank != stage or self.masks is None:
-                return out
-            return out * math.nan if loss else _BadGradient.apply(out)
+        def spoiled(self: Any, x: torch.Tensor, *more: Any, here: bool = rank == stage, grad: bool = gradient) -> Any:
+            out = forward(self, x, *more)
+            return out if not here else _BadGradient.apply(out) if grad else out * math.nan
 
         Block.forward = spoiled  # type: ignore[method-assign]
         try:
-            pretrain.run(make_recipe(Path(data), Path(folder) / name, parallel={"pipeline": 2}))
+            pretrain.run(recipe.model_copy(update={"output": f"{recipe.output}-{name}"}))
         except NumericsError as error:
             heard.append(error.message)
         finally:
@@ -173,15 +172,32 @@ def _in_stages(rank: int, size: int, data: str, folder: str) -> list[str]:
     return heard
 
 
-def test_stages_of_a_pipeline_are_named_too(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
-    first, second = run_ranks(_in_stages, 2, str(data), str(tmp_path))
-    assert first == second and len(first) == 3
-    assert first[0].startswith("step 1: the loss is nan on rank 0, samples 0-3;"), first[0]
-    assert "first bad layer: layers.0" in first[0]
-    for message, stage in zip(first[1:], (1, 0), strict=True):
+@pytest.mark.parametrize(
+    ("changes", "first_layers"),
+    [
+        ({"parallel": {"pipeline": 2}}, ["layers.0", "layers.1"]),
+        pytest.param(
+            {"parallel": {"pipeline": 3}, "model__num_layers": 3, "train__recompute": "full"},
+            ["layers.0", "layers.1", "layers.2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["two stages", "three stages, recomputed"],
+)
+def test_stages_of_a_pipeline_are_named_too(
+    data: Path, tmp_path: Path, changes: Any, first_layers: list[str], run_ranks: Callable[..., list[Any]]
+) -> None:
+    stages = range(len(first_layers))
+    cases = {"loss": (0, False), **{f"gradient-{stage}": (stage, True) for stage in stages}}
+    heard = run_ranks(_in_stages, len(stages), make_recipe(data, tmp_path / "run", **changes), cases)
+    assert all(messages == heard[0] for messages in heard)
+    of_the_loss, *of_gradients = heard[0]
+    assert of_the_loss.startswith("step 1: the loss is nan on rank 0, samples 0-3;"), of_the_loss
+    assert "first bad layer: layers.0" in of_the_loss
+    for stage, message in enumerate(of_gradients):
         assert message.startswith("step 1: the gradient norm is inf (loss finite), "), message
         assert f"on rank {stage}, samples 0-3" in message
-        assert f"first bad layer: layers.{stage}." in message
+        assert f"first bad layer: {first_layers[stage]}." in message, message
 
 
 def test_layer_rank_and_samples_are_named(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:

@@ -113,6 +113,7 @@ SLOW: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "zero 2": {"train": FP16, "parallel": {"zero": 2}},
             "zero 3": {"train": FP16, "parallel": {"zero": 3}},
             "zero 3 offload": {"train": FP16, "parallel": {"zero": 3, "offload": "cpu"}},
+            "zero 3 on a disk": {"train": FP16, "parallel": {"zero": 3, "offload": "nvme"}},
         },
     ),
 }

@@ -72,6 +72,24 @@ def test_ranks_see_who_they_are(tmp_path: Path) -> None:
     assert len({row[4] for row in rows}) == 1 and all(int(row[5]) >= 1 for row in rows)
 
 
+def test_rank_0_is_handed_the_socket_that_the_others_will_ask_at(tmp_path: Path) -> None:
+    """The port was never free between its choice and its use."""
+    body = f"""
+    import socket
+    fd = os.environ.get('MLM_MASTER_FD')
+    if rank == 0:
+        door = socket.socket(fileno=int(fd))
+        assert door.getsockname() == ('127.0.0.1', int(os.environ['MASTER_PORT']))
+        assert door.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        {ready(tmp_path).strip()}
+        assert door.accept()[0].recv(5) == b'hello'
+    else:
+        assert fd is None
+        socket.create_connection(('127.0.0.1', int(os.environ['MASTER_PORT'])), timeout=20).sendall(b'hello')
+    """
+    assert run_local(script(body), 2, log_folder=tmp_path) == 0
+
+
 def test_the_same_error_on_every_rank_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = "print('error: no such file', file=sys.stderr); sys.exit(3)"
     assert run_local(script(body), 3, log_folder=tmp_path) == 3

@@ -111,6 +111,12 @@ def test_offloaded_state_is_counted_on_the_host() -> None:
     assert away.memory.total == here.memory.activations + here.memory.logits
     assert away.memory.total + away.memory.host == here.memory.total
     assert as_text(away).count("on the host") == 3 and "host" not in as_text(here)
+    mapped = make_plan(resolve_recipe("gpt/355m", ["parallel.zero=3", "parallel.offload=nvme"]), 8)
+    assert mapped.memory.disk == here.memory.optimizer and mapped.memory.total == away.memory.total
+    assert mapped.memory.total + mapped.memory.host + mapped.memory.disk == here.memory.total
+    assert (
+        as_text(mapped).count("on the host") == 2 and "optimizer" in as_text(mapped) and "on a disk" in as_text(mapped)
+    )
 
 
 def test_recompute_needs_less_memory() -> None:
