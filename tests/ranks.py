@@ -49,8 +49,8 @@ _environment: dict[str, str] = {}  # of the server that ranks are forked from
 def _context() -> Any:
     """How processes are started: forked from one that has imported what takes seconds, or anew.
 
-    What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in this
-    very process leaves behind is set anew in each rank.
+    What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in
+    this very process leaves behind is set anew in each rank.
     """
     import torch.multiprocessing as mp
 
