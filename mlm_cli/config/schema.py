@@ -260,9 +260,7 @@ class ParallelSection(Section):
 
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1, description="stages that the layers are shared out over")
-    sequence: bool = Field(
-        default=False, description="share out the tokens over the tensor ranks in norms, dropout and residuals too"
-    )
+    sequence: bool = Field(default=False, description="tensor ranks share out the tokens in norms and dropout too")
     context: int = Field(
         default=1,
         ge=1,
@@ -275,12 +273,9 @@ class ParallelSection(Section):
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         default="none",
-        description="with `zero` 3; cpu: weights, masters and moments live in the host's memory, where the update runs;"
-        " nvme: masters and moments in files of `offload_folder`",
+        description="with `zero` 3; cpu: weights and optimizer are in the host's memory; nvme: optimizer on a disk",
     )
-    offload_folder: str | None = Field(
-        default=None, description="on a disk of each machine, as fast as there is one; unset: the run's folder"
-    )
+    offload_folder: str | None = Field(default=None, description="on that disk, of each machine; unset: `output`")
 
 
 class CheckpointSection(Section):

@@ -68,8 +68,6 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         2,
         {
             "tensor fp32": {"parallel": {"tensor": 2}},
-            "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
-            "pipeline fp32": {"parallel": {"pipeline": 2}},
             "pipeline bf16 recomputed growing": {
                 "parallel": {"pipeline": 2},
                 "train__precision": "bf16",
@@ -81,7 +79,6 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "train__precision": "bf16",
                 "train__recompute": "full",
             },
-            "data zero-1 fp32": {},
             "data zero-1 bf16": {"train__precision": "bf16"},
             "data zero-3 fp32": {"parallel": {"zero": 3}},
         },
@@ -93,6 +90,9 @@ SLOW: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "two ranks, more": (
         2,
         {
+            "data zero-1 fp32": {},
+            "pipeline fp32": {"parallel": {"pipeline": 2}},
+            "tensor bf16": {"parallel": {"tensor": 2}, "train__precision": "bf16"},
             "tensor sequence bf16": {"parallel": {"tensor": 2, "sequence": True}, "train__precision": "bf16"},
             "data zero-0 fp32": {"parallel": {"zero": 0}},
             "data zero-2 bf16 growing": {"parallel": {"zero": 2}, "train__precision": "bf16", "train__rampup": RAMPUP},

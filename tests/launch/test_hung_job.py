@@ -65,7 +65,7 @@ def job(folder: Path, when: str, act: str, **changes: object) -> tuple[int, str,
     return process.returncode, err, time.monotonic() - begin, run
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"zero": 1}])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, pytest.param({"zero": 1}, marks=pytest.mark.slow)])
 def test_a_hung_rank_is_named_and_all_stacks_are_kept(layout: dict[str, int], tmp_path: Path) -> None:
     code, err, seconds, run = job(
         tmp_path,
@@ -93,7 +93,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     assert code == 6 and seconds < 30 and "rank 1 of 2 hangs: no sign of life" in err, err
 
 
-@pytest.mark.parametrize("when", ["not model.training", "calls[0] == 30"])
+@pytest.mark.parametrize("when", ["not model.training", pytest.param("calls[0] == 30", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_job_in_time(when: str, tmp_path: Path) -> None:
     act = f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
     code, err, seconds, _ = job(tmp_path, f"rank == 1 and {when}", act, parallel={"tensor": 2}, evaluate__every=3)

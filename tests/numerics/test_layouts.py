@@ -19,8 +19,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., li
 
 
 def _in_the_quick_run(name: str, how: str) -> bool:
-    """Two ranks: every layout of a GPT, and of the other families slices and stages, recomputed."""
-    return how == "none" if family_of(name) == "gpt" else "zero" not in name
+    """Two ranks: every layout of a GPT, and of the other families one or two, recomputed."""
+    if family_of(name) == "gpt":
+        return how == "none"
+    return how == "full" and name in ("t5 p2", "t5 d2 zero 1", "bert t2 sequence", "experts t2 sequence")
 
 
 _TWO = runs_of(2)
