@@ -42,7 +42,7 @@ def _rank_main(
         distributed.shutdown()
 
 
-_PRELOADED = ["torch", "deepspeed", "mlm_cli.jobs.pretrain"]
+_PRELOADED = ["torch", "torch._dynamo", "deepspeed", "mlm_cli.jobs.pretrain", "mlm_cli.jobs.finetune"]
 _environment: dict[str, str] = {}  # of the server that ranks are forked from
 
 
