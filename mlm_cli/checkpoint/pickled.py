@@ -11,6 +11,8 @@ import argparse
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,25 @@ _OLD_NAMES = (
     *(f"{place}.{name}" for place in ("numpy.core", "numpy._core") for name in _ARRAYS),
     "numpy.ndarray",
     "numpy.dtype",
+    "builtins.getattr",  # how Python 3.11 writes an enumeration
 )
+
+
+@contextmanager
+def _only_these_globals(known: Sequence[Any]) -> Iterator[None]:
+    """Let a weights-only load know the names in ``known`` and no others.
+
+    Libraries add names of their own when they are imported (torch's sliced tensors add ``getattr``); what is read
+    must not depend on that.
+    """
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(known))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def load_pickled(path: Path) -> Any:
@@ -70,13 +90,16 @@ def load_pickled(path: Path) -> Any:
         raise CheckpointError(f"{path} is missing", hint="copy or download it again")
     whole = zipfile.is_zipfile(path)  # torch's format since 1.6
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if whole else _OLD_NAMES
+        names: Sequence[str] = _OLD_NAMES
+        if whole:
+            with _only_these_globals([]):
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         refused = sorted(name for name in names if name not in _NAMESPACES and not _INERT.fullmatch(name))
         if refused:
             raise _refused(path, ", ".join(refused[:3]))
         known: list[Any] = [(argparse.Namespace, name) for name in _NAMESPACES]
         known += [(Inert, name) for name in names if name not in _NAMESPACES]
-        with torch.serialization.safe_globals(known):
+        with _only_these_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except pickle.UnpicklingError as error:
         text = str(error)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlm_cli.checkpoint.hub import load_model_folder, read_model_config
+from mlm_cli.checkpoint.pickled import load_pickled
 from mlm_cli.errors import CheckpointError
 from tests.checkpoint import megatron_oracle_files as megatron
 from tests.checkpoint.test_hub import ONE
@@ -224,6 +225,23 @@ class Known:
 
     def __setstate__(self, state: Any) -> None:
         raise AssertionError("was built")
+
+
+@pytest.mark.parametrize("legacy_file", [False, True])
+def test_what_is_read_does_not_depend_on_what_else_is_imported(folder: Path, legacy_file: bool) -> None:
+    megatron.save(megatron.load(rank_file(folder)), rank_file(folder), _use_new_zipfile_serialization=not legacy_file)
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        assert "language_model" in load_pickled(rank_file(folder))["model"]
+        torch.serialization.add_safe_globals([getattr, Known])  # as torch.distributed.tensor does
+        assert "language_model" in load_pickled(rank_file(folder))["model"]
+        assert set(torch.serialization.get_safe_globals()) == {getattr, Known}
+        megatron.save({"optimizer": Known()}, rank_file(folder), _use_new_zipfile_serialization=not legacy_file)
+        assert "Known" in refusal(folder)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @pytest.mark.parametrize("legacy_file", [False, True])
