@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,12 +14,24 @@ if TYPE_CHECKING:
 
 _quiet = False
 _verbose = False
+_muted = False
 
 
 def setup(*, quiet: bool = False, verbose: bool = False) -> None:
     """Set how much is said. ``quiet`` leaves only warnings and errors; ``verbose`` adds detail and tracebacks."""
     global _quiet, _verbose
     _quiet, _verbose = quiet, verbose
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is said inside the block, not even warnings; errors are."""
+    global _muted
+    _muted = True
+    try:
+        yield
+    finally:
+        _muted = False
 
 
 def is_quiet() -> bool:
@@ -30,7 +44,7 @@ def is_verbose() -> bool:
 
 def is_talker() -> bool:
     """True on the rank that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" and not _muted
 
 
 @cache
@@ -53,7 +67,7 @@ def info(message: str) -> None:
 
 def detail(message: str) -> None:
     """Said only with ``--verbose``, on every rank."""
-    if _verbose:
+    if _verbose and not _muted:
         _say(message if is_talker() else f"[rank {os.environ.get('RANK')}] {message}")
 
 

@@ -89,7 +89,14 @@ def pretrain(
         dry_run=dry_run,
         format=format,
         seed=seed,
+        check=_check,
     )
+
+
+def _check(recipe: Recipe) -> None:
+    from mlm_cli.launch.inputs import check_pretraining_data
+
+    check_pretraining_data(recipe)
 
 
 def _job(recipe: Recipe) -> int | None:

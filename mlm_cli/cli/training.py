@@ -24,8 +24,12 @@ def train(
     dry_run: bool,
     format: Format,
     seed: int | None,
+    check: Callable[[Any], None] | None = None,
 ) -> int:
-    """Resolve and check the recipe for the ranks there will be, then run ``job(recipe)`` on each of them."""
+    """Resolve and check the recipe for the ranks there will be, then run ``job(recipe)`` on each of them.
+
+    ``check(recipe)`` raises for what can be seen to be wrong before any rank is started on this machine.
+    """
     from mlm_cli.config.resolve import resolve_recipe
     from mlm_cli.launch.start import find_ranks, is_follower, run
 
@@ -37,6 +41,12 @@ def train(
     if dry_run:
         _dry_run(verb, resolved, ranks, format)
         return 0
+    if ranks.how in ("here", "local"):
+        from mlm_cli.launch.inputs import check_output
+
+        check_output(resolved.output)
+        if check is not None:
+            check(resolved)
     code = run(ranks, lambda: job(resolved), run_folder=resolved.output)
     speaks = ranks.how != "hosts" and not is_follower()
     if format == "json" and resolved.output is not None and speaks:
