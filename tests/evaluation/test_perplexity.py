@@ -126,7 +126,10 @@ def score_on_ranks(rank: int, world_size: int, folder: str, tensor: int) -> list
     return score_documents(model, mixed_documents(), length=LENGTH, stride=40, prefix=0, batch_size=2).nll.tolist()
 
 
-@pytest.mark.parametrize(("world_size", "tensor"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "tensor"),
+    [(4, 2), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
 def test_number_does_not_depend_on_the_layout(tmp_path: Path, run_ranks: Any, world_size: int, tensor: int) -> None:
     save_random(tmp_path, load_tokenizer("bytes"))
     model, _ = load_model_folder(tmp_path, ParallelContext.single())

@@ -147,7 +147,7 @@ def evaluate_on_ranks(rank: int, world_size: int, values: dict[str, Any]) -> int
     return run(EvaluateRequest(**values))
 
 
-@pytest.mark.parametrize(("world_size", "tensor"), [(2, 2), (2, 1)])
+@pytest.mark.parametrize(("world_size", "tensor"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_layout_and_batch_do_not_change_the_numbers(
     lm: Path, classifier: Path, tmp_path: Path, run_ranks: Any, world_size: int, tensor: int
 ) -> None:

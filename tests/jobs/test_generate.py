@@ -168,7 +168,7 @@ def _on_ranks(rank: int, world_size: int, fields: dict[str, Any]) -> str:
     return sys.stdout.getvalue()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_two_tensor_slices_give_the_answers_of_one(
     folder: Path, questions: str, run_ranks: Callable[..., list[Any]], capsys: Any, temperature: float
 ) -> None:

@@ -125,7 +125,13 @@ def assert_close(mine: np.ndarray, theirs: np.ndarray, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "sequence"), [(2, False), (4, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow)]
+    ("size", "sequence"),
+    [
+        pytest.param(2, False, marks=pytest.mark.slow),
+        (4, False),
+        (2, True),
+        pytest.param(4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_slicing_does_not_change_the_model(
     size: int, sequence: bool, run_ranks: Callable[..., list[Any]], reference: Any

@@ -54,7 +54,10 @@ def _survives_infinity(parallel: ParallelContext, zero: int) -> list[bool]:
     return verdicts
 
 
-@pytest.mark.parametrize(("size", "zero"), [(1, 1), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("size", "zero"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow), (2, 3)],
+)
 def test_agrees_with_the_plain_engine(size: int, zero: int, run_ranks: Callable[..., list[Any]]) -> None:
     plain = {
         f"{label} x{number}": engine_run("plain", number, dtype)

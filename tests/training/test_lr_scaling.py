@@ -32,7 +32,7 @@ def _on_ranks(rank: int, size: int, zero: int) -> dict[str, Any]:
     return engine_run("deepspeed", 2, torch.float32, ParallelContext.create(), zero, settings=SCALED)[2]
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_deepspeed(zero: int, run_ranks: Callable[..., list[Any]]) -> None:
     pytest.importorskip("deepspeed")
     for weights in run_ranks(_on_ranks, 2, zero):
