@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 256
 LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
-LAYOUTS = {"tensor2": (2, 1, 0), "data2": (1, 1, 0), "data2-zero1": (1, 1, 1), "pipeline2": (1, 2, 1)}  # t, p, ZeRO
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # how two ranks are laid out, and the stage of ZeRO
+    "tensor2": ({"tensor": 2}, 0),
+    "tensor2-sequence": ({"tensor": 2, "sequence": True}, 0),
+    "data2": ({}, 0),
+    "data2-zero1": ({}, 1),
+    "pipeline2": ({"pipeline": 2}, 1),
+}
 Work = Callable[[int], dict[str, Any] | None]
 
 
@@ -189,8 +195,8 @@ def mlm(args: argparse.Namespace) -> Work:
 
     env = distributed.init()
     keep_freed_memory()
-    tensor, pipeline, zero = LAYOUTS.get(args.contender, (1, 1, 0))
-    parallel = ParallelContext.create(tensor=tensor, pipeline=pipeline, device=env.device)
+    layout, zero = LAYOUTS.get(args.contender, ({}, 0))
+    parallel = ParallelContext.create(**layout, device=env.device)
     section = ModelSection(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab
     )
