@@ -73,7 +73,8 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from mlm_cli.config.schema import ModelSection
     from mlm_cli.models.gpt import build_gpt
     from mlm_cli.parallel.context import ParallelContext
-    from mlm_cli.training.engine import OptimizerSettings, build_engine, choose_engine
+    from mlm_cli.training.engine import OptimizerSettings
+    from mlm_cli.training.engine_choice import build_engine, choose_engine
 
     layout = dict(json.loads(args.layout))
     zero = layout.pop("zero", 1)

@@ -191,7 +191,8 @@ def mlm(args: argparse.Namespace) -> Work:
     from mlm_cli.models.registry import build_gpt
     from mlm_cli.parallel.context import ParallelContext
     from mlm_cli.training.allocator import keep_freed_memory
-    from mlm_cli.training.engine import OptimizerSettings, build_engine, choose_engine
+    from mlm_cli.training.engine import OptimizerSettings
+    from mlm_cli.training.engine_choice import build_engine, choose_engine
 
     env = distributed.init()
     keep_freed_memory()

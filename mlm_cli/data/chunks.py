@@ -7,70 +7,16 @@ small spool files, each deleted when its segment is done, so that memory and dis
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mlm_cli.data.compressed import unpacked
+from mlm_cli.data.hub_text import hub_segments
+from mlm_cli.data.parquet_text import parquet_segments
+from mlm_cli.data.segment import BLOCK, Segment, Spool, open_source
 from mlm_cli.data.sources import Source
 from mlm_cli.errors import DataError
-
-BLOCK = 1 << 20
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of one source.
-
-    ``path`` with ``start:stop`` in bytes is where a worker reads it. ``mode``: `jsonl`, `lines`, `whole` (one
-    document), `arrow` (a table; rows from 1), `end` (nothing is left), or what is wrong with it: `long` (a line over
-    the limit), `empty` (a file without a byte). ``resume`` is the position behind it in the unpacked source (bytes, or
-    rows of a table); ``consumed`` stored bytes read so far; ``last`` marks the end of its source, whose ``sha256`` then
-    is known.
-    """
-
-    source: int
-    mode: str
-    path: str
-    start: int
-    stop: int
-    resume: int
-    consumed: int
-    first: bool = False
-    last: bool = False
-    sha256: str | None = None
-    spooled: bool = False
-
-
-class HashingFile:
-    """A binary file whose bytes are hashed as they are read in order."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._hash, self.position = raw, hashlib.sha256(), 0
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._raw.read(size)
-        self._hash.update(block)
-        self.position += len(block)
-        return block
-
-    def finish(self) -> str:
-        """Hash what is left unread, and close."""
-        while self.read(BLOCK):
-            pass
-        self._raw.close()
-        return self._hash.hexdigest()
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._raw.close()
 
 
 class Chunker:
@@ -94,21 +40,16 @@ class Chunker:
         chunk_bytes: int = 2 << 20,
         max_line: int = 32 << 20,
     ) -> None:
-        self.keys, self.text_documents, self.spool = keys, text_documents, spool
+        self.keys, self.text_documents, self.spool = keys, text_documents, Spool(spool)
         self.chunk_bytes, self.max_line = chunk_bytes, max_line
-        self._spooled = 0
 
     def segments(self, number: int, source: Source, start: int = 0) -> Iterator[Segment]:
         """Segments of one source, from position ``start`` (a segment's ``resume``) on."""
         try:
             if source.format == "hub":
-                from mlm_cli.data.hub_text import hub_segments
-
-                yield from hub_segments(self, number, source, start)
+                yield from hub_segments(number, source, start, self.keys, self.spool, self.chunk_bytes)
             elif source.format == "parquet":
-                from mlm_cli.data.parquet_text import parquet_segments
-
-                yield from parquet_segments(self, number, source, start)
+                yield from parquet_segments(number, source, start, self.keys, self.spool, self.chunk_bytes)
             elif source.format == "txt" and self.text_documents == "file":
                 yield from self._whole(number, source, start)
             else:
@@ -118,25 +59,16 @@ class Chunker:
                 raise  # the disk or the file system, not what the file holds
             raise DataError(f"`{source.path}` is cut short or damaged: {error}") from error
 
-    def open(self, source: Source) -> tuple[HashingFile, Any]:
-        """(stored bytes, unpacked bytes) of a source."""
-        raw = HashingFile(sys.stdin.buffer if source.path == "-" else Path(source.path).open("rb"))  # noqa: SIM115
-        return raw, unpacked(raw, source.packed, source.path)
-
-    def spool_path(self) -> Path:
-        self._spooled += 1
-        return self.spool / f"{self._spooled:08d}"
-
     def _whole(self, number: int, source: Source, start: int) -> Iterator[Segment]:
         """A file that is one document."""
         if start:
             return  # it was done
-        raw, stream = self.open(source)
+        raw, stream = open_source(source)
         size, spooled, path = source.size, False, source.path
         if source.packed or source.is_stream:
             content = read_up_to(stream, self.max_line + 1)
             size, spooled = len(content), True
-            path = str(self.spool_path())
+            path = str(self.spool.next_path())
             Path(path).write_bytes(content)
         mode = "empty" if size == 0 else "long" if size > self.max_line else "whole"
         digest = raw.finish()
@@ -145,7 +77,7 @@ class Chunker:
     def _lines(self, number: int, source: Source, start: int) -> Iterator[Segment]:
         """Runs of lines."""
         mode = "lines" if source.format == "txt" else "jsonl"
-        raw, stream = self.open(source)
+        raw, stream = open_source(source)
         spooled = bool(source.packed or source.is_stream)
         template = Segment(number, mode, source.path, 0, 0, 0, 0)
         position = 0  # in the unpacked source
@@ -158,7 +90,7 @@ class Chunker:
                 template, mode=mode if sort == "run" else sort, start=begin, stop=stop, resume=stop, first=begin == 0
             )
             if spooled:
-                path = self.spool_path()
+                path = self.spool.next_path()
                 with path.open("wb") as out:
                     out.writelines(pieces)
                 pending = replace(
@@ -230,34 +162,3 @@ def skip_to(stream: Any, position: int) -> None:
     """Read and drop the first ``position`` bytes (so that they are hashed all the same)."""
     while position > 0 and (block := stream.read(min(position, BLOCK))):
         position -= len(block)
-
-
-def read_segment(segment: Segment) -> bytes:
-    """The bytes of a segment, without a byte order mark at the start of its source.
-
-    Raises:
-        DataError: the file is shorter than when it was cut.
-    """
-    with Path(segment.path).open("rb", buffering=0) as stream:
-        stream.seek(segment.start)
-        wanted = segment.stop - segment.start
-        data = stream.read(wanted) if wanted else b""
-        while len(data) < wanted:
-            more = stream.read(wanted - len(data))
-            if not more:
-                raise DataError(
-                    f"`{segment.path}` became shorter while it was read", hint="let nothing write to the input"
-                )
-            data += more
-    return data.removeprefix(_BOM) if segment.first else data
-
-
-def drop_spool(segment: Segment) -> None:
-    """Delete the spool file of a segment that is done."""
-    if segment.spooled:
-        Path(segment.path).unlink(missing_ok=True)
-
-
-def clear_spool(folder: Path) -> None:
-    for name in os.listdir(folder) if folder.is_dir() else ():  # noqa: PTH208
-        (folder / name).unlink(missing_ok=True)

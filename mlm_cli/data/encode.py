@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlm_cli.data.chunks import Segment
 from mlm_cli.data.parse import Document, parse_segment
+from mlm_cli.data.segment import Segment
 from mlm_cli.data.sentences import split_sentences
 from mlm_cli.data.tokenizer_backends import Encoder, Ids
 

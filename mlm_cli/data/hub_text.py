@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlm_cli.data.segment import Segment, Spool
 from mlm_cli.data.sources import Source
 from mlm_cli.errors import DataError
-
-if TYPE_CHECKING:
-    from mlm_cli.data.chunks import Chunker, Segment
 
 
 def parse_name(path: str) -> tuple[str, str | None, str]:
@@ -22,24 +20,24 @@ def parse_name(path: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), config, split or "train"
 
 
-def hub_segments(chunker: Chunker, number: int, source: Source, start: int) -> Iterator[Segment]:
+def hub_segments(
+    number: int, source: Source, start: int, keys: tuple[str, ...], spool: Spool, chunk_bytes: int
+) -> Iterator[Segment]:
     """Segments of mode `jsonl`, spooled. ``start`` and ``resume`` count rows; the sha256 is over the rows as JSON."""
-    from mlm_cli.data.chunks import Segment
-
     digest = hashlib.sha256()
     done = 0
     lines: list[bytes] = []
     size = 0
 
     def segment(last: bool) -> Segment:
-        path = chunker.spool_path()
+        path = spool.next_path()
         path.write_bytes(b"".join(lines))
         first = done == len(lines)
         sha256 = digest.hexdigest() if last else None
         return Segment(number, "jsonl", str(path), 0, size, done, 0, first, last, sha256, spooled=True)
 
     for row in _rows(source.path):
-        picked = {key: row[key] for key in chunker.keys if key in row} or dict.fromkeys(row)
+        picked = {key: row[key] for key in keys if key in row} or dict.fromkeys(row)
         line = json.dumps(picked, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
         digest.update(line)
         done += 1
@@ -47,7 +45,7 @@ def hub_segments(chunker: Chunker, number: int, source: Source, start: int) -> I
             continue
         lines.append(line)
         size += len(line)
-        if size >= chunker.chunk_bytes:
+        if size >= chunk_bytes:
             yield segment(last=False)
             lines, size = [], 0
     if done == 0:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlm_cli.data.segment import BLOCK, Segment, Spool, open_source
 from mlm_cli.data.sources import Source
 from mlm_cli.errors import DataError
-
-if TYPE_CHECKING:
-    from mlm_cli.data.chunks import Chunker, Segment
 
 _ROWS = 1024
 
 
-def parquet_segments(chunker: Chunker, number: int, source: Source, start: int) -> Iterator[Segment]:
+def parquet_segments(
+    number: int, source: Source, start: int, keys: tuple[str, ...], spool: Spool, chunk_bytes: int
+) -> Iterator[Segment]:
     """Segments of mode `arrow`: each an Arrow file in the spool. ``start`` and ``resume`` count rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mlm_cli.data.chunks import BLOCK, Segment
-
-    raw, stream = chunker.open(source)
+    raw, stream = open_source(source)
     path = Path(source.path)
     if source.packed or source.is_stream:  # Parquet is read from its end
-        path = chunker.spool_path().with_suffix(".parquet")
+        path = spool.next_path().with_suffix(".parquet")
         with path.open("wb") as out:
             while block := stream.read(BLOCK):
                 out.write(block)
@@ -35,8 +33,8 @@ def parquet_segments(chunker: Chunker, number: int, source: Source, start: int) 
         return
     try:
         with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as table:
-            columns = [key for key in chunker.keys if key in table.schema_arrow.names]
-            missing = [key for key in chunker.keys if key not in columns]
+            columns = [key for key in keys if key in table.schema_arrow.names]
+            missing = [key for key in keys if key not in columns]
             if missing:
                 names = ", ".join(f"`{name}`" for name in table.schema_arrow.names[:12])
                 raise DataError(
@@ -47,13 +45,13 @@ def parquet_segments(chunker: Chunker, number: int, source: Source, start: int) 
                 yield Segment(number, "empty", source.path, 0, 0, 0, source.size, True, True, digest)
                 return
             done = 0
-            for batch in _sized(table.iter_batches(_ROWS, columns=columns), chunker.chunk_bytes):
+            for batch in _sized(table.iter_batches(_ROWS, columns=columns), chunk_bytes):
                 if done + batch.num_rows <= start:
                     done += batch.num_rows
                     continue
                 batch = batch.slice(max(0, start - done))
                 done = max(done, start) + batch.num_rows
-                piece = chunker.spool_path()
+                piece = spool.next_path()
                 with pa.OSFile(str(piece), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
                     writer.write_batch(batch)
                 consumed = source.size * done // total

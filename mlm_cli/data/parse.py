@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlm_cli.data.chunks import Segment, read_segment
+from mlm_cli.data.segment import Segment, read_segment
 
 Document = str | list[str]
 _JSON_NAMES = {dict: "an object", list: "an array", int: "a number", float: "a number", bool: "true or false"}

@@ -19,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from mlm_cli.data.chunks import clear_spool
 from mlm_cli.data.indexed import IndexedParts
+from mlm_cli.data.segment import clear_spool
 from mlm_cli.errors import UsageError
 
 ORIGIN = np.dtype([("source", "<u4"), ("line", "<u8")])

@@ -13,7 +13,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_cli.data.tokenizer_files import NAMED, TokenizerFiles, byte_characters, read_tokenizer
+from mlm_cli.data.tokenizer_files import NAMED, TokenizerFiles, read_tokenizer
+from mlm_cli.data.tokenizer_pieces import byte_characters
 from mlm_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlm_cli.data.tokenizer import Tokenizer
-from mlm_cli.data.tokenizer_files import END_OF_TEXT, bytes_definition
+from mlm_cli.data.tokenizer_pieces import END_OF_TEXT, bytes_definition
 from mlm_cli.errors import DataError
 
 Ids = npt.NDArray[Any]

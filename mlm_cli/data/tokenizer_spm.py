@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from mlm_cli.data.tokenizer_files import bpe_model, definition_of
+from mlm_cli.data.tokenizer_pieces import bpe_model, definition_of
 
 SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

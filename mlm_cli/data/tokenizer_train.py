@@ -10,9 +10,9 @@ from typing import Any
 
 from mlm_cli import log
 from mlm_cli.data.tokenizer import Tokenizer
-from mlm_cli.data.tokenizer_files import (
+from mlm_cli.data.tokenizer_files import TokenizerFiles
+from mlm_cli.data.tokenizer_pieces import (
     END_OF_TEXT,
-    TokenizerFiles,
     added_token,
     bert_normalizer,
     bert_template,

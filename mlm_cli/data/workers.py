@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mlm_cli import errors
-from mlm_cli.data.chunks import Segment
 from mlm_cli.data.encode import EncodeSettings, SegmentResult, encode_segment
+from mlm_cli.data.segment import Segment
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.data.tokenizer_backends import BACKENDS, Choice, choose_encoder, disagreement
 from mlm_cli.errors import MlmError, RankLostError, ResourceError

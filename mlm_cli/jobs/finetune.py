@@ -47,7 +47,8 @@ from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.tasks.batches import training_batches
 from mlm_cli.tasks.task import Task
 from mlm_cli.tasks.task_folder import save_task_model, start_task_model
-from mlm_cli.training.engine import Engine, Objective, build_engine, choose_engine
+from mlm_cli.training.engine import Engine, Objective
+from mlm_cli.training.engine_choice import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session

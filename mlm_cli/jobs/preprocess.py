@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from mlm_cli import log
-from mlm_cli.data.chunks import Chunker, Segment, drop_spool
+from mlm_cli.data.chunks import Chunker
 from mlm_cli.data.encode import EncodeSettings
 from mlm_cli.data.parse import parse_segment
 from mlm_cli.data.partial import PartialRun, finish_publishing
+from mlm_cli.data.segment import Segment, drop_spool
 from mlm_cli.data.sources import Source
 from mlm_cli.data.tokenizer_backends import Choice, ReferenceEncoder, choose_encoder
 from mlm_cli.data.workers import BackendDisagreesError, EncoderPool, Task

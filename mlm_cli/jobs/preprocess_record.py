@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli import __version__
-from mlm_cli.data.chunks import Segment
 from mlm_cli.data.encode import SegmentResult
 from mlm_cli.data.partial import PartialRun, fresh_counts, origins_of
+from mlm_cli.data.segment import Segment
 from mlm_cli.data.sidecar import Sidecar
 from mlm_cli.data.tokenizer_backends import Choice
 from mlm_cli.errors import DataError, MlmError

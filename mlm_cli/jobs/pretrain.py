@@ -50,7 +50,8 @@ from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
-from mlm_cli.training.engine import Engine, build_engine, choose_engine
+from mlm_cli.training.engine import Engine
+from mlm_cli.training.engine_choice import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
 from mlm_cli.training.precision import choose_dtype
 from mlm_cli.training.session import Session, open_session

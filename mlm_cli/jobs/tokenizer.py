@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli import log
-from mlm_cli.data.chunks import Chunker, drop_spool
+from mlm_cli.data.chunks import Chunker
 from mlm_cli.data.parse import parse_segment
+from mlm_cli.data.segment import drop_spool
 from mlm_cli.data.sources import Source, bytes_of, find_sources
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.data.tokenizer_backends import choose_encoder, disagreement

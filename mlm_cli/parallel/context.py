@@ -7,7 +7,6 @@ identity, so one code path serves one laptop core and many GPUs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlm_cli.parallel.mpu import Mpu
     from mlm_cli.parallel.shared_memory import SharedMemory
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -189,13 +187,6 @@ class ParallelContext:
             replicas=replicas,
             device=torch.device(device),
         )
-
-    @cached_property
-    def mpu(self) -> Mpu:
-        """What DeepSpeed and Megatron code call a model-parallel unit: the same groups behind their function names."""
-        from mlm_cli.parallel.mpu import Mpu
-
-        return Mpu(self)
 
 
 def _make_groups(grid: Tensor, *, shared: bool = False) -> Group:

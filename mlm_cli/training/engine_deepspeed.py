@@ -30,6 +30,7 @@ from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
 from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.mpu import Mpu
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training import zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
@@ -118,7 +119,7 @@ class DeepSpeedEngine:
         if parallel.replicas.handle is None:
             _join_alone(parallel)
             parallel = ParallelContext.create(device=parallel.device)
-        return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=parallel.mpu)
+        return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
 
     @property
     def updates(self) -> int:

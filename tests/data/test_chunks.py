@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlm_cli.data.chunks import Chunker, Segment, read_segment
+from mlm_cli.data.chunks import Chunker
 from mlm_cli.data.parse import parse_segment
+from mlm_cli.data.segment import Segment, read_segment
 from mlm_cli.data.sources import Source, find_sources
 from mlm_cli.errors import DataError, UsageError
 

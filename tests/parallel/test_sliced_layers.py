@@ -16,6 +16,7 @@ from mlm_cli.parallel.cross_entropy import vocab_parallel_cross_entropy
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
 from mlm_cli.parallel.mappings import gather_from_group, scatter_to_group
+from mlm_cli.parallel.mpu import Mpu
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.parallel.shard import gather_full, shard_of, slice_full
 
@@ -163,7 +164,7 @@ def test_sliced_layers_equal_plain_ones(size: int, run_ranks: Callable[..., list
 
 def layout(rank: int, world_size: int) -> dict[str, Any]:
     parallel = ParallelContext.create(tensor=2)
-    mpu = parallel.mpu
+    mpu = Mpu(parallel)
     total = parallel.data.all_reduce_(torch.tensor([float(rank)])).item()
     try:
         ParallelContext.create(tensor=3)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.training.engine import OptimizerSettings, build_engine
+from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.engine_choice import build_engine
 
 SETTINGS = OptimizerSettings(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip_grad=0.5)
 # What scales with the initial weights does so at any size of the gradient: no clipping here.

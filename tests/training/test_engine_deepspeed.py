@@ -15,7 +15,7 @@ from engine_cases import SETTINGS, engine_run, make_batches, make_model, objecti
 
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.ds_config import make_ds_config
-from mlm_cli.training.engine import build_engine
+from mlm_cli.training.engine_choice import build_engine
 
 pytest.importorskip("deepspeed")
 

@@ -14,7 +14,8 @@ from mlm_cli.errors import UsageError
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mlm_cli.parallel.random import initialize
-from mlm_cli.training.engine import OptimizerSettings, choose_engine
+from mlm_cli.training.engine import OptimizerSettings
+from mlm_cli.training.engine_choice import choose_engine
 from mlm_cli.training.engine_plain import PlainEngine
 
 

@@ -16,7 +16,8 @@ from mlm_cli.errors import NumericsError
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.agreement import StepReport
 from mlm_cli.training.diagnosis import first_bad_layer, listed
-from mlm_cli.training.engine import Outcome, build_engine
+from mlm_cli.training.engine import Outcome
+from mlm_cli.training.engine_choice import build_engine
 from mlm_cli.training.numerics import Numerics, Policy, Trouble
 
 ONE = ParallelContext.single()
