@@ -70,7 +70,8 @@ def evaluate(
     MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
     Files named after it count as --data, so that a shell pattern works; with --ensemble they are further models, whose
     answers are averaged with its own (language models must share a tokenizer, classifiers their label names).
-    Recipe keys that matter here are task.*, tokenizer, parallel.tensor and train.precision. Kinds of task, for models
+    Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
+    parallel.tensor and train.precision. Kinds of task, for models
     that `mlm finetune` made: classification, regression, token_classification, question_answering, multiple_choice,
     embedding.
 
@@ -134,12 +135,15 @@ def _request(
             raise UsageError(f"unknown task `{task}`", hint=f"did you mean `{near[0]}`?" if near else known)
     if "perplexity" in recipe.evaluate.tasks and not recipe.evaluate.data:
         raise UsageError("perplexity needs text", hint="give files or an indexed prefix with --data")
+    if recipe.evaluate.max_length is not None and recipe.evaluate.tasks != ("perplexity",):
+        raise UsageError("evaluate.max_length is for perplexity alone", hint="tasks have task.max_length")
     from_recipe = recipe.task.model_dump(exclude_unset=True) if recipe.task else {}
     return EvaluateRequest(
         model=model,
         tasks=recipe.evaluate.tasks,
         data=recipe.evaluate.data,
         stride=recipe.evaluate.stride,
+        max_length=recipe.evaluate.max_length,
         limit=recipe.evaluate.limit,
         output=recipe.output,
         batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,

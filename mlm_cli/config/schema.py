@@ -302,6 +302,7 @@ class EvaluateSection(Section):
     tasks: tuple[str, ...] = Field(default=(), description="`mlm evaluate --task`")
     data: tuple[str, ...] = Field(default=(), description="`mlm evaluate --data`")
     stride: int | None = Field(default=None, ge=1, description="`mlm evaluate --stride`")
+    max_length: int | None = Field(default=None, ge=2, description="tokens of context; unset: the model's")
     limit: int | None = Field(default=None, ge=1, description="`mlm evaluate --limit`")
 
 

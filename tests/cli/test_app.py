@@ -108,6 +108,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
         (["finetune", "debug/gpt"], "2 mistakes", "schema"),
         (["evaluate", "--task", "perplexity"], "no model given", "MODEL"),
         (["evaluate", "runs/x"], "no task given", "--task perplexity"),
+        (["evaluate", "x", "--task", "embedding", "evaluate.max_length=9"], "perplexity alone", "task.max_length"),
         (["evaluate", "runs/x", "--task", "perplexity", "none.txt"], "`none.txt` is neither", "--task A --task B"),
         (["evaluate", "runs/x", "--task", "a", "task.textcolumn=1"], "`task.textcolumn`", "`task.text_column`"),
         (["generate"], "no model given", "--prompt"),
@@ -161,12 +162,14 @@ def test_evaluate_request_from_flags_recipe_and_keys(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("b")
     done = mlm(
         "evaluate", "m", "a.txt", "--data", "b.txt", "--recipe", "evaluate/perplexity", "--stride", "7", "--seed", "5",
-        "task.label_column=2", "train.precision=fp32", "--dry-run", "--format", "json", cwd=tmp_path,
+        "task.label_column=2", "train.precision=fp32", "evaluate.max_length=9", "--dry-run", "--format", "json",
+        cwd=tmp_path,
     )  # fmt: skip
     request = json.loads(done.stdout)["request"]
     assert request["tasks"] == ["perplexity"] and request["stride"] == 7 and request["seed"] == 5
     assert request["data"] == [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
     assert request["task_keys"] == [["label_column", 2]] and request["precision"] == "fp32"
+    assert request["max_length"] == 9
 
 
 def test_generate_slices_over_all_ranks_unless_told_otherwise() -> None:
