@@ -173,6 +173,7 @@ def _causal_backward(ctx: Any, grad: Maybe, *_: Any) -> tuple[Any, ...]:
 
 
 masked_softmax = differentiable(_ops.masked_softmax.default, 1, _masked_setup, _masked_backward)
+softmax_backward = _ops.softmax_backward.default
 causal_softmax = differentiable(_ops.causal_softmax.default, 1, _causal_setup, _causal_backward)
 
 

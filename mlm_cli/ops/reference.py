@@ -72,6 +72,12 @@ def causal_hidden(queries: int, keys: int, offset: int, window: int | None, devi
     return hidden if window is None else hidden | (distance >= window)
 
 
+def softmax_gradient(grad: Tensor, probs: Tensor, scale: float) -> Tensor:
+    """``probs * (grad - sum(grad * probs)) * scale``"""
+    grad, wide = _wide(grad), _wide(probs)
+    return (wide * (grad - (grad * wide).sum(-1, keepdim=True)) * scale).to(probs.dtype)
+
+
 def scaled_causal_softmax(scores: Tensor, scale: float, offset: int, window: int | None, dropout: float) -> Tensor:
     """Softmax where query ``i`` sees keys ``i + offset - window < j <= i + offset``."""
     hidden = causal_hidden(scores.shape[-2], scores.shape[-1], offset, window, scores.device)

@@ -56,3 +56,17 @@ def scaled_causal_softmax(
     if not registry.serves(scores):
         return reference.scaled_causal_softmax(scores, scale, offset, window, dropout)
     return kernels.causal_softmax(scores, dropout_seed(scores, dropout), scale, offset, window or 0, dropout)
+
+
+def softmax_gradient(
+    grad: Tensor, probs: Tensor, scale: float = 1.0, *, offset: int | None = None, window: int | None = None
+) -> Tensor:
+    """The gradient of the scores, for passes that make the probabilities again instead of having autograd keep them.
+
+    Args:
+        grad: of ``probs``, which are ``[..., queries, keys]`` and had no dropout.
+        offset, window: as ``scaled_causal_softmax`` was given them; ``offset`` None: from ``scaled_masked_softmax``.
+    """
+    if not registry.serves(probs):
+        return reference.softmax_gradient(grad, probs, scale)
+    return kernels.softmax_backward(grad, probs, None, scale, 0.0, offset is not None, offset or 0, window or 0)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax
+from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax, softmax_gradient
 from mlm_cli.ops.sparse_layout import Chunk, layout_of
 from mlm_cli.ops.sparse_pattern import SparsePattern
 
@@ -28,6 +28,14 @@ class _Setting:
     causal: bool
     offset: int
     scale: float
+
+
+class _Rule(TypedDict, total=False):
+    """How a chunk's scores became probabilities, in ``softmax_gradient``'s words."""
+
+    scale: float
+    offset: int | None
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -158,20 +166,20 @@ class _Part:
         """Queries of a chunk, ``[b * groups, repeats * rows, d]``."""
         return x[:, :, chunk.start : chunk.stop].flatten(1, 2)
 
-    def _probs(self, chunk: Chunk, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores before and probabilities after the softmax, ``[b, n, rows, keys]``; joined by autograd if it is on."""
+    def _probs(self, chunk: Chunk, query: Tensor, key: Tensor) -> tuple[Tensor, _Rule]:
+        """Probabilities ``[b, n, rows, keys]``, and what their gradient needs to know of the softmax."""
         rows, scale = chunk.stop - chunk.start, self.setting.scale
         scores = torch.bmm(query, key.transpose(1, 2)).view(-1, self.heads, rows, key.shape[1])
-        scores.requires_grad_(torch.is_grad_enabled())
         hidden, bias = self._hidden(chunk), self.extra.distance_bias
         if bias is not None:
             # Scores become final ones first: their gradient is then the bias's too.
-            scores = (scores.detach() * scale + bias[:, self._distances(chunk, bias)]).to(scores.dtype)
-            scores.requires_grad_(torch.is_grad_enabled())
-            return scores, scaled_masked_softmax(scores, hidden)
+            scores = (scores * scale + bias[:, self._distances(chunk, bias)]).to(scores.dtype)
+            return scaled_masked_softmax(scores, hidden), {}
         if hidden is None and chunk.band is not None:
-            return scores, scaled_causal_softmax(scores, scale, offset=chunk.band[0], window=chunk.band[1])
-        return scores, scaled_masked_softmax(scores, hidden, scale)
+            offset, window = chunk.band
+            rule: _Rule = {"scale": scale, "offset": offset, "window": window}
+            return scaled_causal_softmax(scores, scale, offset=offset, window=window), rule
+        return scaled_masked_softmax(scores, hidden, scale), {"scale": scale}
 
     def _hidden(self, chunk: Chunk) -> Tensor | None:
         """True where a key is hidden, broadcasting to ``[b, n, rows, keys]``; None where the pattern alone tells."""
@@ -202,7 +210,7 @@ class _Part:
         out = out[self.samples]
         for chunk in self.chunks:
             key, value = _take(self.key, chunk.keys), _take(self.value, chunk.keys)
-            probs = self._probs(chunk, self._rows(self.query, chunk), key)[1]
+            probs, _ = self._probs(chunk, self._rows(self.query, chunk), key)
             rows = torch.bmm(probs.view(key.shape[0], -1, key.shape[1]), value)
             out[:, :, chunk.start : chunk.stop] = rows.view(*out.shape[:2], -1, out.shape[3])
 
@@ -218,19 +226,18 @@ class _Part:
         for chunk in self.chunks:
             query, grad = self._rows(self.query, chunk), self._rows(grad_out, chunk)
             key, value = _take(self.key, chunk.keys), _take(self.value, chunk.keys)
-            with torch.enable_grad():
-                scores, probs = self._probs(chunk, query, key)
+            probs, rule = self._probs(chunk, query, key)
             grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(probs)
-            grad_scores = torch.autograd.grad(probs, scores, grad_probs)[0]
+            grad_scores = softmax_gradient(grad_probs, probs, **rule)
             if grad_bias is not None:
                 index = self._distances(chunk, grad_bias).flatten()
                 grad_bias.index_add_(1, index, grad_scores.sum(0, dtype=grad_bias.dtype).flatten(1))
                 grad_scores = grad_scores * self.setting.scale
-            flat, flat_probs = grad_scores.view(key.shape[0], -1, key.shape[1]), probs.detach().view(*grad_probs.shape)
+            flat = grad_scores.view(key.shape[0], -1, key.shape[1])
             rows = torch.bmm(flat, key).unflatten(1, (self.repeats, -1))
             grad_query[:, :, chunk.start : chunk.stop] = rows
             _add_product(grad_key, chunk.keys, flat, query)
-            _add_product(grad_value, chunk.keys, flat_probs.view_as(flat), grad)
+            _add_product(grad_value, chunk.keys, probs.view_as(flat), grad)
         for whole, mine in zip(sums, (grad_key, grad_value), strict=True):
             if whole is not mine:
                 whole.copy_(mine)
@@ -247,9 +254,7 @@ def _columns(mask: Tensor, keys: slice | Tensor) -> Tensor:
 def _add_product(total: Tensor, keys: slice | Tensor, left: Tensor, right: Tensor) -> None:
     """``total[:, keys] += left^T right``."""
     left = left.transpose(1, 2)
-    if isinstance(keys, slice) and total.dtype == left.dtype:
-        total[:, keys].baddbmm_(left, right)
-    elif isinstance(keys, slice):
+    if isinstance(keys, slice):  # `baddbmm_` into a part of each head's keys would go head by head
         total[:, keys] += torch.bmm(left, right)
     else:
         total.index_add_(1, keys, torch.bmm(left, right).to(total.dtype))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mlm_cli import ops
-from mlm_cli.ops import reference
+from mlm_cli.ops import reference, registry
+from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax, softmax_gradient
 from tests.ops.oracle import DTYPES, NAMES, assert_close, kernels, random, with_gradients  # noqa: F401
 
 SHAPES = [(3, 1), (1, 2), (5, 7), (2, 3, 16, 16), (4, 33), (2, 2, 65, 127), (130, 257), (3, 4099), (1, 131072), (0, 9)]
@@ -232,3 +233,22 @@ def test_bad_input_is_named() -> None:
         ops.scaled_causal_softmax(torch.randn(8))
     with pytest.raises(ValueError, match="`window` must be at least 1"):
         ops.scaled_causal_softmax(scores, window=0)
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("band", [None, (0, None), (3, 5)])
+def test_gradient_without_autograd_is_that_of_autograd(
+    band: tuple[int, int | None] | None, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores.requires_grad_()
+    if band is None:
+        probs, where = scaled_masked_softmax(scores, None, 0.3), {}
+    else:
+        where = {"offset": band[0], "window": band[1]}
+        probs = scaled_causal_softmax(scores, 0.3, offset=band[0], window=band[1])
+    grad = torch.randn(probs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(probs, scores, grad)
+    if not served:
+        monkeypatch.setattr(registry, "serves", lambda *_: False)
+    torch.testing.assert_close(softmax_gradient(grad, probs.detach(), 0.3, **where), wanted, rtol=1e-12, atol=1e-12)
