@@ -27,11 +27,11 @@ def setup(*, quiet: bool = False, verbose: bool = False) -> None:
 def muted() -> Iterator[None]:
     """Nothing is said inside the block, not even warnings; errors are."""
     global _muted
-    _muted = True
+    before, _muted = _muted, True
     try:
         yield
     finally:
-        _muted = False
+        _muted = before
 
 
 def is_quiet() -> bool:

@@ -71,9 +71,8 @@ def evaluate(
     Files named after it count as --data, so that a shell pattern works; with --ensemble they are further models, whose
     answers are averaged with its own (language models must share a tokenizer, classifiers their label names).
     Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
-    parallel.tensor and train.precision. Kinds of task, for models
-    that `mlm finetune` made: classification, regression, token_classification, question_answering, multiple_choice,
-    embedding.
+    parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
+    regression, token_classification, question_answering, multiple_choice, embedding.
 
     \b
     Examples:

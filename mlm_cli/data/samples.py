@@ -17,7 +17,7 @@ from mlm_cli.data.bert_samples import BertSamples
 from mlm_cli.data.indexed import IndexedDataset
 from mlm_cli.data.packed import GPTSamples, Samples, SampleSource
 from mlm_cli.data.sidecar import load_sidecar
-from mlm_cli.data.span_corruption import lengths_for
+from mlm_cli.data.span_corruption import lengths_for, with_targets
 from mlm_cli.data.special_tokens import bert_tokens, t5_tokens
 from mlm_cli.data.split import SPLITS, split_documents
 from mlm_cli.data.t5_samples import T5Samples
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlm_cli.config.schema import DataSection, ModelSection, WeightedPrefix
     from mlm_cli.data.tokenizer import Tokenizer
 
-__all__ = ["GPTSamples", "SampleSource", "open_training_data"]
+__all__ = ["GPTSamples", "SampleSource", "open_training_data", "with_sizes"]
 
 _CHECKED_TOKENS = 1 << 25  # read at most this many ids (64-128 MB) when looking for ids outside the vocabulary
 
@@ -90,6 +90,18 @@ def open_training_data(
         sources[split] = SampleSource([part for part, _ in found], [weight for _, weight in found]) if found else None
     _say_rounding(sources["train"])
     return sources
+
+
+def with_sizes(model: ModelSection, data: DataSection, tokenizer: Tokenizer | None) -> ModelSection:
+    """The model section with the sizes that data and tokenizer decide: ``vocab_size``, T5's ``decoder_seq_length``.
+
+    Raises:
+        UsageError: neither the section nor a tokenizer tells the size of the vocabulary.
+    """
+    vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
+    if vocab_size is None:
+        raise UsageError("the size of the vocabulary is unknown", hint="set `tokenizer`, or model.vocab_size")
+    return with_targets(model, data.span_corruption).model_copy(update={"vocab_size": vocab_size})
 
 
 def _builder(data: DataSection, model: ModelSection, tokenizer: Tokenizer | None, seed: int) -> Callable[..., Samples]:

@@ -27,8 +27,7 @@ from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.config.shapes import check_slices, is_sparse, sample_tokens
 from mlm_cli.data.loader import batches
-from mlm_cli.data.samples import SampleSource, open_training_data
-from mlm_cli.data.span_corruption import with_targets
+from mlm_cli.data.samples import SampleSource, open_training_data, with_sizes
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
@@ -165,11 +164,7 @@ def objective(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
 
 def fill_in(recipe: Recipe, tokenizer: Tokenizer | None, batch: Batch) -> Recipe:
     """The recipe with the sizes that follow from tokenizer and ranks, so that its copy means the same anywhere."""
-    vocab_size = recipe.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
-    if vocab_size is None:
-        raise UsageError("the size of the vocabulary is unknown", hint="set `tokenizer`, or model.vocab_size")
-    model = with_targets(recipe.model, recipe.data.span_corruption)
-    model = model.model_copy(update={"vocab_size": vocab_size})
+    model = with_sizes(recipe.model, recipe.data, tokenizer)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer, where="model.vocab_size")
     check_slices(model, recipe.parallel.tensor)

@@ -10,8 +10,7 @@ from pathlib import Path
 from mlm_cli import log
 from mlm_cli.checkpoint.folder import RunFolder
 from mlm_cli.config.schema import Recipe
-from mlm_cli.data.samples import open_training_data
-from mlm_cli.data.span_corruption import with_targets
+from mlm_cli.data.samples import open_training_data, with_sizes
 from mlm_cli.data.tokenizer import load_tokenizer
 
 
@@ -32,12 +31,11 @@ def check_pretraining_data(recipe: Recipe) -> None:
     Raises:
         DataError: a tokenizer or a data set that does not load, made with another tokenizer, ids that the vocabulary
             does not have, too little text.
-        UsageError: what the model's family cannot do with them.
+        UsageError: what the model's family cannot do with them; no vocabulary.
     """
     if recipe.output is not None and RunFolder(recipe.output).steps():
         return  # it has been trained on; a finished run does not even need it
     with log.muted():  # the ranks will say it
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-        vocab_size = recipe.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
-        model = with_targets(recipe.model, recipe.data.span_corruption).model_copy(update={"vocab_size": vocab_size})
+        model = with_sizes(recipe.model, recipe.data, tokenizer)
         open_training_data(recipe.data, model, tokenizer, seed=recipe.seed)

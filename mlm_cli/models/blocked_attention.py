@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mlm_cli import ops
 from mlm_cli.models.rotary import rotate_
@@ -48,6 +49,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, visible, bias = ctx.saved_tensors
         bias = None if bias is None else bias.detach()
@@ -122,16 +124,16 @@ def _block_gradients(
     ``hidden``: as ``ops.scaled_masked_softmax`` takes it. Returns the gradient of the scores, ``[b * n, rows, seen]``.
     """
     query, grad, key, value = query[:, rows], grad[:, rows], key[:, :seen], value[:, :seen]
-    scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, query.shape[1], seen).requires_grad_()
-    with torch.enable_grad():
-        if causal and hidden is None:
-            probs = ops.scaled_causal_softmax(scores, scale, offset=rows.start)
-        else:
-            probs = ops.scaled_masked_softmax(scores, hidden, scale)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(b, -1, query.shape[1], seen)
+    offset = rows.start if causal and hidden is None else None
+    if offset is not None:
+        probs = ops.scaled_causal_softmax(scores, scale, offset=offset)
+    else:
+        probs = ops.scaled_masked_softmax(scores, hidden, scale)
     grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(scores)
-    grad_scores = torch.autograd.grad(probs, scores, grad_probs)[0].flatten(0, 1)
+    grad_scores = ops.softmax_gradient(grad_probs, probs, scale, offset=offset).flatten(0, 1)
     grads[0][:, rows] = torch.bmm(grad_scores, key)
-    factors = (grad_scores, query), (probs.detach().flatten(0, 1), grad)
+    factors = (grad_scores, query), (probs.flatten(0, 1), grad)
     for whole, (left, right) in zip(grads[1:], factors, strict=True):
         if fill:
             torch.bmm(left.transpose(1, 2), right, out=whole)

@@ -19,7 +19,7 @@ from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
-from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax
+from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax, softmax_gradient
 from mlm_cli.ops.sparse_attention import sparse_attention
 from mlm_cli.ops.sparse_pattern import SparsePattern
 
@@ -41,6 +41,7 @@ __all__ = [
     "serves_flex",
     "serves_shared_all_reduce",
     "shared_all_reduce_",
+    "softmax_gradient",
     "sparse_attention",
     "status",
     "swiglu",

@@ -147,6 +147,9 @@ def _(
     return _dense(probs)
 
 
+softmax_backward = _ops.softmax_backward.default
+
+
 def _masked_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _scores, _mask, seed, scale, dropout = inputs
     ctx.save_for_backward(output[1] if dropout > 0 else output[0], seed)
@@ -161,7 +164,7 @@ def _causal_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _softmax_gradient(ctx: Any, grad: Maybe) -> Maybe:
     probs, seed = ctx.saved_tensors
-    return None if grad is None else _ops.softmax_backward.default(grad, probs, seed, *ctx.rest)
+    return None if grad is None else softmax_backward(grad, probs, seed, *ctx.rest)
 
 
 def _masked_backward(ctx: Any, grad: Maybe, *_: Any) -> tuple[Any, ...]:
@@ -173,7 +176,6 @@ def _causal_backward(ctx: Any, grad: Maybe, *_: Any) -> tuple[Any, ...]:
 
 
 masked_softmax = differentiable(_ops.masked_softmax.default, 1, _masked_setup, _masked_backward)
-softmax_backward = _ops.softmax_backward.default
 causal_softmax = differentiable(_ops.causal_softmax.default, 1, _causal_setup, _causal_backward)
 
 
