@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(mlm, m) {
   m.def(
       "softmax_backward(Tensor grad, Tensor probs, Tensor? seed, float scale, float dropout, bool causal,"
       " SymInt offset, SymInt window) -> Tensor");
+  // Query i of a sample sees keys begin[i]..end[i], neither of which ever moves back -> out, log of the sum of exponentials
+  m.def(
+      "interval_attention(Tensor query, Tensor key, Tensor value, Tensor begin, Tensor end, float scale)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "interval_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor begin,"
+      " Tensor end, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
   m.def("swiglu(Tensor x) -> Tensor");

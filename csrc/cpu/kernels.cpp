@@ -25,14 +25,23 @@ namespace {
 #include "kernels/adamw.h"
 #include "kernels/decode.h"
 #include "kernels/sum_parts.h"
+#include "kernels/interval_attention.h"
 
 template <class T, class V>
 constexpr TypeKernels type_kernels(void (*adamw_kernel)(const AdamW&, int64_t, int64_t)) {
+  // Sixteen-bit attention is left to the matrix units behind torch's own products.
+  using Attention = void (*)(const IntervalAttention&, int64_t, int64_t);
+  Attention attention_forward = nullptr, attention_backward = nullptr;
+  if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
+    attention_forward = interval_attention_forward<T, V>;
+    attention_backward = interval_attention_backward<T, V>;
+  }
   return {
       norm_forward<T, V>,    norm_backward<T, V>,   softmax_forward<T, V>,     softmax_backward<T, V>,
       gelu_forward<T, V>,    gelu_backward<T, V>,   swiglu_forward<T, V>,      swiglu_backward<T, V>,
       cross_entropy_stats<T, V>, cross_entropy_grad<T, V>, adamw_kernel, widen<T, V>, sum_blocks<T, V>,
       product<T, V>, decode_attention<T, V>, sum_parts<T, V>,
+      attention_forward, attention_backward,
   };
 }
 

@@ -158,6 +158,41 @@ struct DecodeAttention {
   double scale;
 };
 
+// Where the rows [samples, heads, rows, width] of a tensor are; each row is packed. Strides in elements.
+struct Strided {
+  const void* data;
+  int64_t sample;
+  int64_t head;
+  int64_t row;
+};
+
+// Attention over runs of keys. An item is one head of keys with a segment of queries of the heads that share it; items of a
+// phase are `phases` segments apart.
+struct IntervalAttention {
+  Strided query;
+  Strided key;
+  Strided value;
+  Strided grad;            // backward only
+  void* out;               // [samples, heads, queries, dim]: forward's result, backward's gradient of the query
+  void* lse;               // [samples, heads, queries]: log of the sum of exponentials, written forward, read backward
+  void* dkey;              // [samples, groups, keys, dim], added to
+  void* dvalue;
+  const int64_t* begin;    // [samples or 1, queries]: first key a query sees
+  const int64_t* end;      // one after the last
+  int64_t interval_stride; // queries, or 0 where all samples share a row
+  int64_t samples;
+  int64_t heads;
+  int64_t groups;
+  int64_t queries;
+  int64_t keys;
+  int64_t dim;             // a multiple of 16
+  double scale;
+  int64_t segment;         // queries of an item
+  int64_t phase;
+  int64_t phases;
+  int64_t items_a_head;    // of this phase
+};
+
 struct TypeKernels {
   void (*norm_forward)(const NormForward&, int64_t begin, int64_t end);        // rows
   void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);      // blocks of rows
@@ -175,6 +210,8 @@ struct TypeKernels {
   void (*product)(const Product&, int64_t begin, int64_t end);                    // outputs
   void (*decode_attention)(const DecodeAttention&, int64_t begin, int64_t end);   // rows x groups
   void (*sum_parts)(const void* const* parts, int64_t count, void* to, int64_t length);  // in order, into dtype
+  void (*interval_attention_forward)(const IntervalAttention&, int64_t begin, int64_t end);   // items; float and double
+  void (*interval_attention_backward)(const IntervalAttention&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

@@ -135,7 +135,7 @@ class Decoder:
         """The model's own layers over one token a row, [b, 1] -> [b, 1, h]."""
         slots, model = self._slots, self.model
         info = build_info(tokens, positions=slots.positions[:, None], table=model._rotary, dtype=model.dtype)
-        info = replace(info, visible=slots.visible())
+        info = replace(info, visible=slots.visible(), runs=None)
         x = model.embedding(tokens, info)
         for layer, cache in zip(model.layers, slots.layers, strict=True):
             x = layer(x, info, cache)

@@ -138,6 +138,8 @@ def attend(
         kind: ``model.attention``.
         scale: of the scores, before ``info.bias`` is added.
     """
+    if kind == "auto" and info.runs is not None and info.bias is None and not dropout and ops.serves_intervals(query):
+        return ops.interval_attention(query, key, value, *info.runs, scale)
     if kind == "auto":
         # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.
         kind = "fused" if dropout and query.device.type == "cpu" else "sdpa"

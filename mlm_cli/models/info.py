@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from mlm_cli import ops
 
 if TYPE_CHECKING:
     from mlm_cli.models.cache import KVCache
@@ -29,6 +31,9 @@ class SequenceInfo:
         token_types: ``[b, s]``, which sentence a token is of, for models that have an embedding of it.
         bias: float ``[b or 1, n, s, keys]``, added to the scores of each head; -inf where a token may not look, so that
             it stands for ``visible`` and ``causal`` too. May need a gradient.
+        runs: ``[1 or b, s]`` each, first key that a token sees and one after the last, where float32 attention on the
+            CPU gains from knowing them. They say what ``visible``, ``causal`` and ``segments`` do, and go where those
+            change.
     """
 
     positions: Tensor
@@ -40,6 +45,7 @@ class SequenceInfo:
     start: Tensor | None = None
     token_types: Tensor | None = None
     bias: Tensor | None = None
+    runs: tuple[Tensor, Tensor] | None = None
 
 
 def build_info(
@@ -75,7 +81,11 @@ def build_info(
         visible = cache_mask(length, offset, cache.start, device)
     rotary = table.at(positions, dtype) if table is not None else None
     start = cache.start if cache is not None else None
-    return SequenceInfo(positions, rotary, visible, offset, segments=segments if sparse else None, start=start)
+    runs = None
+    if not sparse and start is None and tokens.is_cpu and dtype == torch.float32:
+        runs = ops.runs_of_keys(length, offset + length, causal=True, offset=offset, segments=segments)
+    segments = segments if sparse else None
+    return SequenceInfo(positions, rotary, visible, offset, segments=segments, start=start, runs=runs)
 
 
 def document_mask(segments: Tensor) -> Tensor:
@@ -118,4 +128,15 @@ def encoder_info(
     if lengths is not None and not (lengths.is_cpu and int(lengths.min()) == length):
         visible = (positions < lengths[:, None])[:, None, None]
     rotary = table.at(positions, dtype) if table is not None else None
-    return SequenceInfo(positions, rotary, visible, causal=False, token_types=token_types)
+    runs = None
+    if tokens.is_cpu and dtype == torch.float32:
+        runs = ops.runs_of_keys(length, length, causal=False, visible=visible)
+    return SequenceInfo(positions, rotary, visible, causal=False, token_types=token_types, runs=runs)
+
+
+def cross_info(keys: SequenceInfo, num_queries: int) -> SequenceInfo:
+    """``encoder_info`` of the keys that each of ``num_queries`` other tokens sees."""
+    if keys.runs is None:
+        return keys
+    begin, end = (x[:, :1].expand(-1, num_queries) for x in keys.runs)  # the same for every query
+    return replace(keys, runs=(begin, end))

@@ -71,4 +71,4 @@ def masked(
         visible = visible & (info.segments[:, None, :, None] == info.segments[:, None, None, :])
     if info.visible is not None:
         visible = visible & info.visible[..., gone:]
-    return key, value, replace(info, visible=visible)
+    return key, value, replace(info, visible=visible, runs=None)

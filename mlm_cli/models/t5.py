@@ -24,7 +24,7 @@ from mlm_cli.models.cache import KVCache, LayerCache
 from mlm_cli.models.cross_attention import DecoderBlock
 from mlm_cli.models.embedding import Embedding, shared_words
 from mlm_cli.models.gpt import Head
-from mlm_cli.models.info import SequenceInfo, encoder_info
+from mlm_cli.models.info import SequenceInfo, cross_info, encoder_info
 from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.relative import RelativeBias
 from mlm_cli.models.spec import LayerSpec, Shared
@@ -135,15 +135,15 @@ class T5(Model):
         """Biases are made of the tables of the stacks that this stage has layers of."""
         tokens, decoder_tokens = batch["tokens"], batch["decoder_tokens"]
         s_enc, s_dec, ranks = tokens.shape[1], decoder_tokens.shape[1], self.parallel.sequence.size
-        keys = encoder_info(tokens, lengths=batch.get("lengths"))
+        keys = encoder_info(tokens, lengths=batch.get("lengths"), dtype=self.dtype)
         bias = None if self.encoder_bias is None else self.encoder_bias(s_enc, s_enc)
         if bias is not None and keys.visible is not None:
             bias = bias.masked_fill(~keys.visible, -torch.inf)
-        decoder = encoder_info(decoder_tokens)
+        decoder = encoder_info(decoder_tokens, dtype=self.dtype)
         if self.decoder_bias is not None:
-            decoder = replace(decoder, bias=self.decoder_bias(s_dec, s_dec))
-        encoder = replace(keys, visible=None, bias=bias)
-        return T5Info(encoder, decoder, keys, decoder_tokens, (s_enc // ranks, s_dec // ranks))
+            decoder = replace(decoder, bias=self.decoder_bias(s_dec, s_dec), runs=None)
+        encoder = replace(keys, visible=None, bias=bias, runs=None)
+        return T5Info(encoder, decoder, cross_info(keys, s_dec), decoder_tokens, (s_enc // ranks, s_dec // ranks))
 
     def run(self, x: Tensor, info: T5Info) -> Tensor:
         """The layers of this part, in order.

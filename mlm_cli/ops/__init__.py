@@ -16,6 +16,7 @@ from mlm_cli.ops.collective import serves_shared_all_reduce, shared_all_reduce_
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import DecodeStep, serves_decode_step
 from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
+from mlm_cli.ops.intervals import interval_attention, runs_of_keys, serves_intervals
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
@@ -32,13 +33,16 @@ __all__ = [
     "cross_entropy_grad_",
     "cross_entropy_stats",
     "flex_sparse_attention",
+    "interval_attention",
     "layer_norm",
     "residual_norm",
     "rms_norm",
+    "runs_of_keys",
     "scaled_causal_softmax",
     "scaled_masked_softmax",
     "serves_decode_step",
     "serves_flex",
+    "serves_intervals",
     "serves_shared_all_reduce",
     "shared_all_reduce_",
     "softmax_gradient",

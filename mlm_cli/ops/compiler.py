@@ -101,7 +101,7 @@ def _cpu_compiles(csrc: Path) -> list[Compile]:
         units.append(Compile(kernels, "kernels_avx512bf16", (*KERNEL_FLAGS, *AVX512, "-mavx512bf16")))
         units.append(Compile(kernels, "kernels_avx512", (*KERNEL_FLAGS, *AVX512)))
         units.append(Compile(kernels, "kernels_avx2", (*KERNEL_FLAGS, *AVX2)))
-    names = ("norm", "softmax", "activation", "training", "decode", "shared_memory", "select")
+    names = ("norm", "softmax", "attention", "activation", "training", "decode", "shared_memory", "select")
     units += [Compile(csrc / "cpu" / f"{name}.cpp", name, ()) for name in names]
     return [*units, Compile(csrc / "ops.cpp", "schemas", (f"-DMLM_SCHEMA_ID={schema_id(csrc)}",))]
 

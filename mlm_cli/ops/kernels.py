@@ -179,6 +179,36 @@ masked_softmax = differentiable(_ops.masked_softmax.default, 1, _masked_setup, _
 causal_softmax = differentiable(_ops.causal_softmax.default, 1, _causal_setup, _causal_backward)
 
 
+# --- attention over runs of keys
+
+
+@_fake("mlm::interval_attention")
+def _(query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _dense(query), query.new_empty(query.shape[:3])
+
+
+@_fake("mlm::interval_attention_backward")
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense(query), _dense(key), _dense(value)
+
+
+def _interval_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, begin, end, scale = inputs
+    ctx.save_for_backward(query, key, value, output[1], begin, end)
+    ctx.scale = scale
+
+
+def _interval_backward(ctx: Any, grad: Maybe, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
+    return *_ops.interval_attention_backward.default(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+interval_attention = differentiable(_ops.interval_attention.default, 1, _interval_setup, _interval_backward)
+
+
 # --- activations
 
 

@@ -72,6 +72,14 @@ def causal_hidden(queries: int, keys: int, offset: int, window: int | None, devi
     return hidden if window is None else hidden | (distance >= window)
 
 
+def interval_attention(query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, scale: float) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    place = torch.arange(key.shape[2], device=key.device)
+    hidden = (place < begin[:, None, :, None]) | (place >= end[:, None, :, None])
+    return scaled_masked_softmax(query @ key.transpose(-1, -2), hidden, scale, 0.0) @ value
+
+
 def softmax_gradient(grad: Tensor, probs: Tensor, scale: float) -> Tensor:
     """``probs * (grad - sum(grad * probs)) * scale``"""
     grad, wide = _wide(grad), _wide(probs)

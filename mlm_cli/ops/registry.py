@@ -21,6 +21,7 @@ OPERATORS = (
     "residual_norm",
     "scaled_masked_softmax",
     "scaled_causal_softmax",
+    "interval_attention",
     "sparse_attention",
     "bias_gelu",
     "swiglu",
@@ -30,7 +31,11 @@ OPERATORS = (
     "shared_all_reduce_",
 )
 # Operators without a CUDA kernel, and what serves there instead.
-CPU_ONLY = {"decode_step": "the layers run one by one", "shared_all_reduce_": "NCCL"}
+CPU_ONLY = {
+    "decode_step": "the layers run one by one",
+    "interval_attention": "torch's fused attention",
+    "shared_all_reduce_": "NCCL",
+}
 
 cpu_loaded = False
 cuda_loaded = False

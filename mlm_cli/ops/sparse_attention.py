@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mlm_cli.ops.intervals import interval_attention, runs_of_keys, serves_intervals
 from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax, softmax_gradient
 from mlm_cli.ops.sparse_layout import Chunk, layout_of
 from mlm_cli.ops.sparse_pattern import SparsePattern
@@ -96,7 +97,13 @@ def sparse_attention(
         raise ValueError(f"query {list(query.shape)} does not fit key {list(key.shape)}, value {list(value.shape)}")
     if causal and offset + s > keys:
         raise ValueError(f"{s} causal queries from position {offset} on need {offset + s} keys, there are {keys}")
-    setting = _Setting(pattern, causal, offset, d**-0.5 if scale is None else scale)
+    scale = d**-0.5 if scale is None else scale
+    if distance_bias is None and serves_intervals(query):
+        masks = {"visible": visible, "segments": segments}
+        runs = runs_of_keys(s, keys, causal=causal, offset=offset, pattern=pattern, **masks)
+        if runs is not None:
+            return interval_attention(query, key, value, *runs, scale)
+    setting = _Setting(pattern, causal, offset, scale)
     return _SparseAttention.apply(query, key, value, distance_bias, visible, segments, setting)
 
 

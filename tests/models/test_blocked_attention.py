@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from mlm_cli.config.schema import ModelSection
 from mlm_cli.models import blocked_attention
 from mlm_cli.models.attention import attend_reference
 from mlm_cli.models.info import SequenceInfo, document_mask
+from mlm_cli.models.registry import build_model
 from mlm_cli.models.rotary import RotaryTable, rotate
+from mlm_cli.parallel.context import ParallelContext
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -78,3 +83,40 @@ def test_rotation_turns_pairs_by_their_angle() -> None:
     turned = torch.complex(x[..., :5], x[..., 5:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     found = rotate(x.float(), RotaryTable(10, 50.0).at(positions, torch.float32))
     torch.testing.assert_close(found.double(), torch.cat([turned.real, turned.imag], -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt documents", "bert", "bert padded", "t5 padded"])
+def test_runs_of_keys_change_nothing(family: str) -> None:
+    """Whole models in float32 on attention over runs of keys, and on the written-out one: loss and gradients."""
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 200, "seq_length": 80}
+    own: dict[str, dict[str, Any]] = {
+        "gpt": {"position": "rotary", "num_query_groups": 2},
+        "t5": {"decoder_seq_length": 70, "position": "relative"},
+    }
+    name = family.split()[0]
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(0, 200, (3, length), generator=draw)
+
+    batch = {"tokens": tokens(80), "labels": tokens(80), "loss_mask": torch.ones(3, 80)}
+    if family == "gpt documents":
+        batch["segments"] = torch.randint(0, 3, (3, 80), generator=draw).sort(1).values
+    if "padded" in family:
+        batch["lengths"] = torch.tensor([80, 33, 1])
+    if name == "bert":
+        batch |= {"masked_positions": torch.tensor([[0, 30, 32]]).expand(3, 3), "labels": tokens(3)}
+        batch |= {"loss_mask": torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0, 0]])}
+    if name == "t5":
+        batch |= {"decoder_tokens": tokens(70), "labels": tokens(70), "loss_mask": torch.ones(3, 70)}
+    losses, grads = [], []
+    for kernel in ("auto", "reference"):
+        section = ModelSection(family=name, attention=kernel, **sizes, **own.get(name, {}))
+        model = build_model(section, ParallelContext.single(), seed=3)
+        loss, _ = model.loss(batch)
+        loss.backward()
+        losses.append(loss)
+        grads.append([param.grad for param in model.parameters() if param.grad is not None])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+    for mine, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)

@@ -44,6 +44,11 @@ def _run_all(dtype: torch.dtype) -> list[Tensor]:
     keep(ops.swiglu(x), [x])
     keep(ops.scaled_causal_softmax(scores, 0.1, dropout=0.1), [scores])
     keep(ops.scaled_masked_softmax(scores, torch.rand(130, 131) < 0.2, 0.1), [scores])
+    if dtype == torch.float32:
+        query, key, value = (torch.randn(2, n, 2500, 16).requires_grad_() for n in (4, 2, 2))
+        runs = ops.runs_of_keys(2500, 2500, causal=True, pattern=ops.SparsePattern("local", window=700))
+        assert runs is not None
+        keep(ops.interval_attention(query, key, value, *runs, 0.2), [query, key, value])
     logits, labels = torch.randn(301, 777).to(dtype), torch.randint(0, 777, (301,))
     top, total, target = ops.cross_entropy_stats(logits, labels, 0, 770)
     out.extend([top, total, target])
@@ -76,7 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize("isa", [pytest.param("avx512", marks=pytest.mark.slow), "avx2", "plain"])
 def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
     """Runs the accuracy tests of this folder again on a lower instruction set."""
-    names = ("norm", "softmax", "activation", "cross_entropy", "optimizer")
+    names = ("norm", "softmax", "activation", "cross_entropy", "optimizer", "interval_attention")
     files = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in names]
     command = [
         sys.executable,
@@ -87,7 +92,7 @@ def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
         "-p",
         "no:cacheprovider",
         "-k",
-        "agree or follow or extreme or slices",
+        "agree or follow or extreme or slices or definition",
     ]
     environment = {**os.environ, "MLM_CPU_ISA": isa, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

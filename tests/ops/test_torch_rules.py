@@ -18,6 +18,8 @@ def _cases() -> dict[str, tuple[Any, ...]]:
     scores, mask = torch.randn(2, 5, 7), torch.rand(5, 7) < 0.3
     labels, rows = torch.randint(0, 20, (6,)), torch.rand(6)
     grad = x.clone().requires_grad_()
+    query, key = torch.randn(2, 4, 5, 16).requires_grad_(), torch.randn(2, 2, 5, 16).requires_grad_()
+    begin, end = torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None]
     return {
         "layer_norm": (grad, weight.clone().requires_grad_(), bias.clone().requires_grad_(), 1e-5),
         "rms_norm": (grad, weight.clone().requires_grad_(), 1e-5),
@@ -29,6 +31,8 @@ def _cases() -> dict[str, tuple[Any, ...]]:
         "masked_softmax.dropout": (scores.clone().requires_grad_(), None, seed, 0.5, 0.5),
         "causal_softmax": (scores.clone().requires_grad_(), None, 0.5, 2, 3, 0.0),
         "softmax_backward": (scores, scores, None, 0.5, 0.0, True, 2, 3),
+        "interval_attention": (query, key, key.detach(), begin, end, 0.5),
+        "interval_attention_backward": (query.detach(), query, key, key, torch.rand(2, 4, 5), begin, end, 0.5),
         "bias_gelu": (grad, bias.clone().requires_grad_()),
         "bias_gelu_backward": (x, x, bias),
         "swiglu": (grad,),
