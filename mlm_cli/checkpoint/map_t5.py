@@ -34,6 +34,10 @@ def read_config(config: ConfigReader) -> ModelSection:
     in ``scale_decoder_outputs``, and an output layer of its own is then one that differs from the words.
     """
     config.refuse_unless("feed_forward_proj", _ACTIVATIONS.__contains__, f"known are {', '.join(_ACTIVATIONS)}")
+    said = config.get("feed_forward_proj", str, "relu").removeprefix("gated-")
+    config.refuse_unless(  # transformers derives it from the other, unless a folder says otherwise
+        "dense_act_fn", (said, "gelu_new" if said == "gelu" else said).__contains__, "feed_forward_proj names another"
+    )
     config.refuse_unless("is_encoder_decoder", bool, "only whole models, with encoder and decoder")
     layers = config.get("num_layers", int)
     tied = config.get("tie_word_embeddings", bool, True)
