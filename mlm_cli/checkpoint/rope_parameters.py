@@ -10,7 +10,7 @@ from mlm_cli.config.shapes import head_dim
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.rotary import attention_factor, ntk_base
 
-_READABLE = ("default", "linear", "dynamic", "yarn")
+_READABLE = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 def read_rope(config: ConfigReader) -> dict[str, Any]:
@@ -37,12 +37,17 @@ def read_rope(config: ConfigReader) -> dict[str, Any]:
     if kind == "yarn":
         scaling |= {key: _number(config, rope, key, rope_default) for key, rope_default in _YARN.items()}
         scaling["attention_factor"] = _attention_factor(config, rope, factor)
+    if kind == "llama3":
+        scaling |= {key: _number(config, rope, key, None) for key in _LLAMA3}
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise CheckpointError(f"{config.where}: `low_freq_factor` is not below `high_freq_factor`")
     own = config.get("mlm", dict, {}).get("seq_length")
     seq_length = own if kind == "dynamic" and isinstance(own, int) and own >= length else length
     return {"seq_length": seq_length, "rotary_base": base, "rotary_scaling": scaling}
 
 
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
+_LLAMA3 = ("low_freq_factor", "high_freq_factor")
 
 
 def _number(config: ConfigReader, rope: dict[str, Any], key: str, default: float | None) -> float:
@@ -91,6 +96,8 @@ def write_rope(model: ModelSection) -> dict[str, Any]:
     if scaling.type == "yarn":
         rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         rope["attention_factor"] = attention_factor(scaling)
+    if scaling.type == "llama3":
+        rope |= {key: getattr(scaling, key) for key in _LLAMA3}
     length = scaling.original_seq_length if scaling.type == "dynamic" else model.seq_length
     old = {key: value for key, value in rope.items() if key != "rope_theta"}  # read by transformers 4
     return {"max_position_embeddings": length, "rope_theta": base, "rope_parameters": rope, "rope_scaling": old}

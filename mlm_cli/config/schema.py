@@ -45,14 +45,14 @@ class AttentionSection(Section):
 class RotaryScalingSection(Section):
     """Rotary positions for a context longer than the one they were trained on."""
 
-    type: Literal["linear", "ntk", "dynamic", "yarn"] = Field(
-        description="linear: positions / factor; ntk: a longer base; dynamic: ntk by the length of each text; yarn"
-    )
+    type: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] = Field(description="how: docs/long-documents.md")
     factor: float = Field(ge=1, description="how many times as long the context gets")
     original_seq_length: int = Field(ge=1, description="context the model was trained on")
     attention_factor: float | None = Field(default=None, gt=0, description="yarn; unset: 1 + 0.1 ln(factor)")
     beta_fast: float = Field(default=32.0, gt=0, description="yarn: more turns than this are left as they are")
     beta_slow: float = Field(default=1.0, gt=0, description="yarn: fewer turns than this are divided by factor")
+    high_freq_factor: float = Field(default=4.0, gt=0, description="llama3: beta_fast by its name there")
+    low_freq_factor: float = Field(default=1.0, gt=0, description="llama3: beta_slow by its name there")
 
 
 class ExpertsSection(Section):

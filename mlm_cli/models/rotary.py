@@ -2,7 +2,8 @@
 
 Scaled for contexts longer than the trained one: linear (Chen et al. 2023, "Extending Context Window of Large Language
 Models via Positional Interpolation"), by a longer base ("NTK-aware", described in Peng et al. 2023, section 3.1; fixed,
-or dynamic by the length of each text, section 3.3) and YaRN (Peng et al. 2023, "YaRN", sections 3.2 and 3.4).
+or dynamic by the length of each text, section 3.3), YaRN (Peng et al. 2023, "YaRN", sections 3.2 and 3.4) and the form
+of Llama 3.1 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", and the code released with it).
 """
 
 from __future__ import annotations
@@ -81,11 +82,16 @@ def rotary_frequencies(
         return plain / scaling.factor
     if scaling.type == "ntk":
         return ntk_base(dim, base, scaling.factor) ** -_exponents(dim, device)
+    if scaling.type == "llama3":  # the ramp is over turns, where YaRN's is over pairs
+        turns = plain * (scaling.original_seq_length / (2 * math.pi))
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp_(0, 1)
+        return plain / scaling.factor * (1 - kept) + plain * kept
     # YaRN: pairs that turn often within the trained context stay, those that hardly turn are stretched, a ramp between.
     fast, slow = (_pair_of(turns, dim, base, scaling) for turns in (scaling.beta_fast, scaling.beta_slow))
-    low, high = max(math.floor(fast), 0), min(math.ceil(slow), dim - 1)
+    first, last = max(math.floor(fast), 0), min(math.ceil(slow), dim - 1)
     pairs = torch.arange(dim // 2, device=device, dtype=torch.float32)
-    stretched = ((pairs - low) / ((high - low) or 0.001)).clamp_(0, 1)
+    stretched = ((pairs - first) / ((last - first) or 0.001)).clamp_(0, 1)
     return plain / scaling.factor * stretched + plain * (1 - stretched)
 
 

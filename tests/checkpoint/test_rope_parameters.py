@@ -38,6 +38,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "dynamic": {"type": "dynamic", "factor": 2.0},
     "yarn": {"type": "yarn", "factor": 4.0},
     "yarn, own numbers": {"type": "yarn", "factor": 3.0, "attention_factor": 0.9, "beta_fast": 16, "beta_slow": 2},
+    "llama3": {"type": "llama3", "factor": 8.0},
+    "llama3, own numbers": {"type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0},
 }
 THEIRS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -50,6 +52,13 @@ THEIRS: dict[str, dict[str, Any]] = {
         "beta_fast": 8.0,
         "beta_slow": 2.0,
         "attention_factor": 1.3,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 48,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
     },
     "yarn, mscale": {
         "rope_type": "yarn",
@@ -154,7 +163,11 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(dim: int, trained: int) -
 @pytest.mark.parametrize(
     ("rope", "word"),
     [
-        ({"rope_type": "llama3", "rope_theta": 1e4}, "llama3"),
+        ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}, "low_freq_factor"),
+        (
+            {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
+            "not below",
+        ),
         ({"rope_type": "longrope", "rope_theta": 1e4}, "longrope"),
         ({"rope_type": "linear", "rope_theta": 1e4}, "factor"),
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}, "factor"),
