@@ -38,6 +38,25 @@ def test_the_scaling_study_of_megatron_lm(name: str, layers: int, hidden: int, h
     assert plan.parameters == by_hand
 
 
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("gpt-355m", 64),
+        ("gpt-2.5b", 128),
+        ("gpt-8.3b", 512),
+        ("bert-336m", 128),
+        ("bert-1.3b", 256),
+        ("bert-3.9b", 512),
+    ],
+)
+def test_the_trained_models_fit_the_gpus_they_were_trained_on(name: str, gpus: int) -> None:
+    """Shoeybi et al. 2019, tables 2 and 4; the batches of section 4.2 in one pass."""
+    recipe = resolve_recipe(f"paper/{name}", verb="plan", world_size=gpus)
+    batch = make_plan(recipe, gpus).batch
+    assert batch.global_batch_size == (512 if name.startswith("gpt") else 1024)
+    assert batch.gradient_accumulation_steps == 1
+
+
 # fine-tuning takes its model from `init_from`
 PRETRAINING = [
     name
