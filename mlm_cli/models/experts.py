@@ -70,6 +70,7 @@ def route(logits: Tensor, *, top_k: int, capacity_factor: float | None) -> Route
         capacity = int(counts.max())
     else:
         capacity = max(math.ceil(num_tokens / num_experts * capacity_factor * top_k), _LEAST_CAPACITY)
+        capacity = min(capacity, num_tokens)  # more than all of them no expert can take, and empty places are computed
     taken = torch.zeros_like(counts)
     places, gates = [], []
     for expert, mask in zip(chosen, masks, strict=True):
