@@ -98,6 +98,13 @@ def _attention(model: ModelSection) -> Iterator[Mistake]:
             f"`model.rotary_scaling` scales rotary positions, and `model.position` is {model.position}",
             "use `model.rotary_scaling=null`",
         )
+    scaling = model.rotary_scaling
+    if scaling is not None and scaling.type == "yarn" and scaling.beta_fast <= scaling.beta_slow:
+        yield Mistake(
+            ("model.rotary_scaling.beta_fast", "model.rotary_scaling.beta_slow"),
+            f"`model.rotary_scaling.beta_fast` {scaling.beta_fast:g} must be above `beta_slow` {scaling.beta_slow:g}",
+            "leave both out for 32 and 1",
+        )
 
 
 def _experts(model: ModelSection) -> Iterator[Mistake]:

@@ -91,7 +91,7 @@ class ModelSection(Section):
     position: Literal["learned", "rotary", "relative"] = Field(
         default="learned", description="relative: a bias a head and distance (t5)"
     )
-    rotary_base: float = Field(default=10000.0, gt=0)
+    rotary_base: float = Field(default=10000.0, gt=1)
     rotary_scaling: RotaryScalingSection | None = Field(default=None, description="rotary beyond the trained context")
     relative_buckets: int = Field(default=32, ge=4, description="distances that relative positions tell apart")
     relative_max_distance: int = Field(default=128, ge=2, description="all longer distances share a bucket")

@@ -174,6 +174,7 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(dim: int, trained: int) -
         ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "yarn"),
         ({"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}, "factor"),
         ({"rope_type": "default", "rope_theta": -1}, "rope_theta"),
+        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rotary_base"),  # all pairs would turn alike
         ({"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}, "yarn"),
     ],
     ids=str,

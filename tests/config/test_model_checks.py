@@ -44,6 +44,13 @@ def test_good_recipes_have_none(spec: str) -> None:
             ["parallel.sequence=true", "parallel.tensor=2", "model.decoder_seq_length=15"],
             "a multiple of `parallel.tensor` 2",
         ),
+        (
+            "debug/llama",
+            [
+                "model.rotary_scaling={type: yarn, factor: 4, original_seq_length: 64, beta_fast: 1, beta_slow: 32}",
+            ],
+            "`model.rotary_scaling.beta_fast` 1 must be above `beta_slow` 32",
+        ),
         ("debug/t5", ["parallel.pipeline=5"], "`model.num_layers` 4 cannot fill `parallel.pipeline` 5"),
     ],
 )
