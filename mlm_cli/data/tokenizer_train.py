@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlm_cli import log
@@ -29,10 +31,11 @@ _T5_ROLES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _NUM_SENTINELS = 100
 _NUM_BYTES = 256
 _NEVER = -1000.0  # score of pieces that text must not be cut into
+_TOO_MANY_CHARACTERS = "not large enough to contain all chars"  # what the library's Unigram trainer says
 
 
 def train_tokenizer(
-    texts: Iterable[str],
+    read: Callable[[], Iterable[str] | None],
     *,
     kind: str,
     vocab_size: int,
@@ -43,17 +46,23 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer; memory grows with the number of different words, not with the text.
 
+    At most half of a WordPiece or Unigram vocabulary is single characters where the text has too many of them for it
+    (Han characters, say): the rarest are left out, to be unknown or, with byte fallback, spelled in bytes.
+
     Args:
+        read: gives the texts from the beginning; called again when characters have to be left out, and None then says
+            that they cannot be read again.
         kind: `bpe` (byte-level, as GPT-2: Radford et al. 2019; every byte has a token), `wordpiece` (BERT: Devlin et
             al. 2019), `unigram` (SentencePiece: Kudo 2018).
-        vocab_size: special tokens included; the result may be smaller when the text gives fewer.
+        vocab_size: special tokens included; the result may be smaller when the text gives fewer, never larger.
         special_tokens: `gpt` (`<|endoftext|>`), `bert` (`[PAD] [UNK] [CLS] [SEP] [MASK]`) or `t5` (`<pad> </s> <unk>`
             first, and the 100 sentinels `<extra_id_99>` ... `<extra_id_0>` last, as T5's). None: gpt for bpe, bert for
             wordpiece, t5 for unigram.
         byte_fallback: unigram: 256 tokens for the bytes of characters that have no token, so that no text is unknown.
 
     Raises:
-        UsageError: a vocabulary too small for what it has to hold; byte fallback of another kind. DataError: no text.
+        UsageError: a vocabulary too small for what it has to hold; byte fallback of another kind. DataError: no text,
+            or text that would have to be read again and cannot be.
     """
     chosen = special_tokens or _SET_OF_KIND[kind]
     if byte_fallback and kind != "unigram":
@@ -67,22 +76,23 @@ def train_tokenizer(
             f"a {kind} vocabulary of {vocab_size} is too small", hint=f"give --vocab-size {smallest} or more"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import tokenizers
-
     start, trainer = _untrained(kind, vocab_size - extra, lowercase, min_frequency, names, roles.get("unk_token"))
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(start))
-    seen = _Counter(texts)
-    try:
-        tokenizer.train_from_iterator(seen, trainer)
-    except Exception as error:
-        if seen.error is not None:
-            raise seen.error from None  # an exception of ours that passed through the library
-        raise DataError(f"training failed: {str(error).splitlines()[0]}", hint="is there enough text?") from error
-    if seen.error is not None:
-        raise seen.error
-    if not seen.characters:
-        raise DataError("no text to train on")
-    definition = json.loads(tokenizer.to_str())
+    seen = _Counter(read() or (), count=kind == "unigram")
+    definition = _train(start, trainer, seen)
+    if definition is None:
+        keep = _commonest(seen.counts, (vocab_size - extra - len(names)) // 2, lowercase=lowercase)
+        again, num = read(), len(seen.counts)
+        if again is None:
+            raise DataError(
+                f"the text has {num:,} different characters, too many for a vocabulary of {vocab_size:,}, and cannot "
+                "be read again to leave out the rarest",
+                hint=f"give --vocab-size {2 * num + extra} or more, or the text as a file",
+            )
+        log.warn(f"{num - len(keep):,} of {num:,} characters are left out, which are too rare for this vocabulary")
+        rare = dict.fromkeys((ord(character) for character in seen.counts if character not in keep), " ")
+        definition = _train(start, trainer, _Counter(text.translate(rare) for text in again))
+        if definition is None:
+            raise UsageError(f"a {kind} vocabulary of {vocab_size} is too small", hint="give a larger --vocab-size")
     _add_bytes_and_sentinels(definition, byte_fallback=byte_fallback, sentinels=chosen == "t5")
     files = TokenizerFiles(definition, roles, kind)
     ids = {entry["content"]: entry["id"] for entry in definition["added_tokens"]}
@@ -91,6 +101,39 @@ def train_tokenizer(
     if chosen == "t5":
         definition["post_processor"] = end_template("</s>", ids["</s>"])
     return Tokenizer(files, kind)
+
+
+def _train(start: dict[str, Any], trainer: Any, texts: _Counter) -> dict[str, Any] | None:
+    """The trained ``tokenizer.json``, or None for a Unigram vocabulary with less room than there are characters."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(start))
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except Exception as error:
+        if texts.error is not None:
+            raise texts.error from None  # an exception of ours that passed through the library
+        if _TOO_MANY_CHARACTERS in str(error):
+            return None
+        raise DataError(f"training failed: {str(error).splitlines()[0]}", hint="is there enough text?") from error
+    if texts.error is not None:
+        raise texts.error
+    if not texts.characters:
+        raise DataError("no text to train on")
+    found: dict[str, Any] = json.loads(tokenizer.to_str())
+    return found
+
+
+def _commonest(counts: Counter[str], limit: int, *, lowercase: bool) -> set[str]:
+    """The commonest characters that come to at most ``limit`` different ones once the text is normalised."""
+    kept: set[str] = set()
+    normal: set[str] = set()
+    for character, _ in counts.most_common():
+        new = set(unicodedata.normalize("NFKC", character.lower() if lowercase else character)) - normal
+        if len(normal) + len(new) <= limit:
+            kept.add(character)
+            normal |= new
+    return kept
 
 
 def _special(kind: str, chosen: str) -> tuple[dict[str, str], list[str]]:
@@ -119,11 +162,12 @@ def _add_bytes_and_sentinels(definition: dict[str, Any], *, byte_fallback: bool,
 
 
 class _Counter:
-    """Passes texts on; remembers how much there was, and what went wrong while reading it."""
+    """Passes texts on; remembers how much there was, of which characters, and what went wrong while reading it."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = iter(texts)
+    def __init__(self, texts: Iterable[str], *, count: bool = False) -> None:
+        self._texts, self._count = iter(texts), count
         self.characters = 0
+        self.counts: Counter[str] = Counter()
         self.error: BaseException | None = None
 
     def __iter__(self) -> _Counter:
@@ -138,6 +182,8 @@ class _Counter:
             self.error = error
             raise StopIteration from None
         self.characters += len(text)
+        if self._count:
+            self.counts.update(text)
         return text
 
 
@@ -164,7 +210,11 @@ def _untrained(
         return empty | parts | {"model": {"type": "BPE", "vocab": {}, "merges": []}}, bpe
     if kind == "wordpiece":
         pieces = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=special, min_frequency=min_frequency, show_progress=show
+            vocab_size=vocab_size,
+            special_tokens=special,
+            min_frequency=min_frequency,
+            limit_alphabet=(vocab_size - len(special)) // 2,  # each may stand at the beginning, and with ## within
+            show_progress=show,
         )
         parts = {
             "normalizer": bert_normalizer(lowercase=lowercase),

@@ -60,11 +60,17 @@ def train(request: TrainRequest) -> dict[str, Any]:
     begun = time.monotonic()
     building = _scratch(target.absolute())
     try:
-        counts = {"read": 0, "skipped": 0, "bytes": 0}
+        counts: dict[str, int] = {}
         with ByteProgress("reading", total) as show:
-            texts = _texts(request, sources, building / "spool", show, counts)
+
+            def read() -> Iterator[str] | None:
+                if counts and any(source.is_stream for source in sources):
+                    return None
+                counts.update(read=0, skipped=0, bytes=0)
+                return _texts(request, sources, building / "spool", show, counts)
+
             tokenizer = train_tokenizer(
-                texts,
+                read,
                 kind=request.kind,
                 vocab_size=request.vocab_size,
                 lowercase=request.lowercase,
@@ -115,7 +121,7 @@ def _texts(
     request: TrainRequest, sources: list[Source], spool: Path, show: ByteProgress, counts: dict[str, int]
 ) -> Iterator[str]:
     """Texts of the inputs in pieces of bounded size, cut at line ends or spaces."""
-    spool.mkdir()
+    spool.mkdir(exist_ok=True)
     limit = bytes_of("--max-line-mb", request.max_line_mb)
     enough = None if request.max_train_mb is None else bytes_of("--max-train-mb", request.max_train_mb)
     chunker = Chunker(request.json_key, request.txt_documents, spool, max_line=limit)

@@ -94,6 +94,27 @@ def test_byte_fallback_leaves_nothing_unknown(tiny_text: Path, tmp_path: Path) -
         train(replace(request, kind="bpe", output=str(tmp_path / "x"), byte_fallback=True))
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_more_characters_than_there_is_room_for(tmp_path: Path, kind: str) -> None:
+    """The vocabulary is no larger than asked for: the rarest characters are left out, and bytes spell them."""
+    han = [chr(0x4E00 + number) for number in range(900)]
+    rows = ["".join(han[:60]) + " the same words again"] * 50
+    rows += ["".join(han[at : at + 30]) for at in range(60, 900, 30)]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    fallback = kind == "unigram"
+    size = 400 + 356 * fallback  # sentinels and bytes beside
+    report = train(TrainRequest((str(source),), str(tmp_path / "t"), kind, size, byte_fallback=fallback))
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    assert report["documents"] == len(rows) and tokenizer.vocab_size <= size
+    common, rare = (tokenizer.encode(text) for text in (rows[0], rows[-1]))
+    assert tokenizer.unk_id not in common
+    assert tokenizer.decode(rare) == rows[-1] if fallback else tokenizer.unk_id in rare
+    if fallback:
+        command_line = ["tokenizer", "train", "-", "--kind", kind, "--vocab-size", str(size), "--output", "s"]
+        done = command(*command_line, cwd=tmp_path, input=source.read_text(encoding="utf-8"))
+        assert done.returncode == 3 and "cannot be read again" in done.stderr and not (tmp_path / "s").exists()
+
+
 def test_training_is_repeatable_and_is_the_librarys(tiny_text: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     """The same ids as the library trained directly on the same texts."""
     train(TrainRequest((str(tiny_text),), str(tmp_path / "again"), "bpe", SIZES["bpe"], max_train_mb=0.1))
