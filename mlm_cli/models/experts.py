@@ -20,7 +20,7 @@ from mlm_cli import ops
 from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ExpertsSection, ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, is_gated
-from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
 from mlm_cli.parallel.sequence import gather_tokens, reduce_scatter_tokens
@@ -190,12 +190,15 @@ class Experts(nn.Module):
         one = torch.ones_like(dropped)
         self._seen = self._seen.to(counts.device) + torch.stack([one, dropped, routes.balance.detach().double()])
 
-    def take_statistics(self) -> Tensor | None:
-        """Since the last call: (share of the busiest expert times their number, share dropped, balance loss), [3]."""
+    def take_statistics(self, data: Group) -> Tensor | None:
+        """Since the last call: (share of the busiest expert times their number, share dropped, balance loss), [3].
+
+        Of the samples of all ranks of ``data``, which all call.
+        """
         if self._counts is None:
             return None
-        passes, dropped, balance = self._seen
-        busiest = self._counts.max() / self._counts.sum() * len(self._counts)
+        counts, (passes, dropped, balance) = data.all_reduce_(self._counts), data.all_reduce_(self._seen)
+        busiest = counts.max() / counts.sum() * len(counts)
         self._counts, self._seen = None, torch.zeros_like(self._seen)
         return torch.stack([busiest, dropped / passes, balance / passes])
 
@@ -212,12 +215,12 @@ def scale_losses(model: nn.Module, scale: float) -> None:
 
 
 def routing_statistics(model: nn.Module, parallel: ParallelContext) -> dict[str, float]:
-    """What the experts of all stages did in training since the last call; empty where nothing was routed.
+    """What the experts of all stages did with all ranks' samples since the last call; empty where none was routed.
 
     All ranks call; waits for the device. ``busiest_expert``: tokens that wanted the most wanted expert of any layer, as
     a multiple of an even share; ``dropped``: share of routes that found their expert full; ``balance``: the mean loss.
     """
-    found = [module.take_statistics() for module in model.modules() if isinstance(module, Experts)]
+    found = [module.take_statistics(parallel.data) for module in model.modules() if isinstance(module, Experts)]
     rows = [row for row in found if row is not None]
     table = torch.stack(rows) if rows else torch.zeros(0, 3, dtype=torch.float64, device=parallel.device)
     most = parallel.pipeline.all_reduce_(table.amax(0) if rows else table.new_zeros(3), op="max")

@@ -146,6 +146,21 @@ def test_what_was_routed_is_told_once() -> None:
     assert routing_statistics(model, ONE) == {}
 
 
+def _told(rank: int, size: int) -> dict[str, float]:
+    """Of two passes with batches of their own, by one rank or by two."""
+    parallel = ParallelContext.create()
+    model = build_gpt(SECTIONS["gated"], parallel, seed=4).train()
+    for seed in range(rank, 2, size):
+        model.loss(make_batch(seed))
+    return routing_statistics(model, parallel)
+
+
+def test_what_was_routed_is_told_of_all_data_ranks(run_ranks: Callable[..., list[Any]]) -> None:
+    expected = _told(0, 1)
+    for found in run_ranks(_told, 2):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
 def _sliced(rank: int, size: int, kind: str, sequence: bool) -> dict[str, Any]:
     parallel = ParallelContext.create(tensor=size, sequence=sequence)
     model = build_gpt(SECTIONS[kind], parallel, seed=11).train()
