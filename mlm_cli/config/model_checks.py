@@ -99,12 +99,18 @@ def _attention(model: ModelSection) -> Iterator[Mistake]:
             "use `model.rotary_scaling=null`",
         )
     scaling = model.rotary_scaling
-    if scaling is not None and scaling.type == "yarn" and scaling.beta_fast <= scaling.beta_slow:
-        yield Mistake(
-            ("model.rotary_scaling.beta_fast", "model.rotary_scaling.beta_slow"),
-            f"`model.rotary_scaling.beta_fast` {scaling.beta_fast:g} must be above `beta_slow` {scaling.beta_slow:g}",
-            "leave both out for 32 and 1",
-        )
+    if scaling is not None and scaling.type in _RAMPS:
+        fast, slow = _RAMPS[scaling.type]
+        high, low = getattr(scaling, fast), getattr(scaling, slow)
+        if high <= low:
+            yield Mistake(
+                (f"model.rotary_scaling.{fast}", f"model.rotary_scaling.{slow}"),
+                f"`model.rotary_scaling.{fast}` {high:g} must be above `{slow}` {low:g}",
+                "leave both out",
+            )
+
+
+_RAMPS = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "low_freq_factor")}
 
 
 def _experts(model: ModelSection) -> Iterator[Mistake]:
