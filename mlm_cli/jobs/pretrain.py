@@ -32,6 +32,7 @@ from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.jobs.training_parts import (
     CONTEXT_KEYS,
+    FREE_EXPERT_KEYS,
     FREE_MODEL_KEYS,
     build_monitor,
     build_numerics,
@@ -266,19 +267,26 @@ def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> Mo
     """The weights of another run, for the context and the attention that this recipe asks for."""
     folder = resolve_model(init_from)
     _check_same_shape(read_model_config(folder)[0], recipe, init_from)
-    changes = free_settings(recipe.model) | {key: getattr(recipe.model, key) for key in CONTEXT_KEYS}
+    changes = free_settings(recipe.model) | {key: getattr(recipe.model, key) for key in (*CONTEXT_KEYS, "experts")}
     model, _ = load_model_folder(folder, parallel, changes=changes)
     return model
 
 
 def _check_same_shape(section: ModelSection, recipe: Recipe, init_from: str) -> None:
     wanted, found = recipe.model.model_dump(), section.model_dump()
-    free = {*FREE_MODEL_KEYS, *CONTEXT_KEYS}
+    free = {*FREE_MODEL_KEYS, *CONTEXT_KEYS, "experts"}
     differing = [
         f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"
         for key in wanted
         if key not in free and None not in (wanted[key], found[key]) and wanted[key] != found[key]
     ]
+    experts = [
+        None if model.experts is None else model.experts.model_dump(exclude=set(FREE_EXPERT_KEYS))
+        for model in (section, recipe.model)
+    ]
+    if experts[0] != experts[1]:  # unset is an answer too: no experts
+        there, here = (kept or "none" for kept in experts)
+        differing.append(f"model.experts: {there} there, {here} in the recipe")
     # What the weights have learned to live with may be changed, but not by leaving it out.
     if is_sparse(section) and recipe.model.attention.pattern is None:
         differing.append(f"model.attention.pattern: {section.attention.pattern} there, not set in the recipe")

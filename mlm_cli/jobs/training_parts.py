@@ -33,6 +33,8 @@ from mlm_cli.training.watchdog import Watchdog, limit_waits
 _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
 FREE_MODEL_KEYS = ("hidden_dropout", "attention_dropout", "attention", "init_std", "make_vocab_size_divisible_by")
+# Of a mixture of experts: what its weights do not depend on.
+FREE_EXPERT_KEYS = ("capacity_factor", "balance_loss")
 # The length of the context: pretraining may go on at another one than the weights come from.
 CONTEXT_KEYS = ("seq_length", "rotary_scaling")
 

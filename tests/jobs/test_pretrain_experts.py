@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlm_cli.checkpoint.hub import read_model_config
 from mlm_cli.cli.app import run
 from mlm_cli.config.resolve import resolve_recipe
 from mlm_cli.jobs import pretrain
@@ -45,6 +46,29 @@ def test_from_recipe_to_text(
     words = ["generate", str(output), "--prompt", "def ", "--max-new-tokens", "5", "--temperature", "0", "-q"]
     assert run(words) == 0
     assert len(capsys.readouterr().out.encode()) == 6  # five bytes, whatever they are, and the end of the line
+
+
+def test_weights_of_another_run_have_the_experts_of_the_recipe(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How full and how even they are kept may be changed; having experts or not, and which, may not."""
+    words = [f"data.path={data}/book", "train.steps=6", "evaluate.every=0", "log.tensorboard=false", "-q"]
+    for spec in ("gpt", "moe"):
+        assert run(["pretrain", f"debug/{spec}", *words, f"output={tmp_path / spec}"]) == 0
+    for spec, start, keys in (
+        ("moe", "gpt", []),
+        ("gpt", "moe", []),
+        ("moe", "moe", ["model.experts.top_k=1"]),
+    ):
+        start_from = [f"init_from={tmp_path / start}", f"output={tmp_path / 'other'}"]
+        assert run(["pretrain", f"debug/{spec}", *words, *keys, *start_from]) == 2
+        assert "model.experts: " in capsys.readouterr().err
+    free = ["model.experts.capacity_factor=8", "model.experts.balance_loss=0.5"]
+    again = [f"init_from={tmp_path / 'moe'}", f"output={tmp_path / 'again'}"]
+    assert run(["pretrain", "debug/moe", *words, *free, *again]) == 0
+    experts = read_model_config(tmp_path / "again/step-00000006/model")[0].experts
+    assert experts is not None and (experts.capacity_factor, experts.balance_loss) == (8, 0.5)
+    assert json.loads((tmp_path / "again/metrics.jsonl").read_text().splitlines()[-1])["dropped"] == 0
 
 
 def test_what_experts_cannot_do_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
