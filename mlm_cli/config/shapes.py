@@ -67,6 +67,19 @@ def is_sparse(model: ModelSection) -> bool:
     return model.attention.pattern not in (None, "dense")
 
 
+def written_out(model: ModelSection) -> ModelSection:
+    """The same model, its sizes of weights written out where they were left unset."""
+    decoder = {"num_decoder_layers": num_decoder_layers(model)} if model.family == "t5" else {}
+    return model.model_copy(
+        update={
+            "head_dim": head_dim(model),
+            "num_query_groups": num_query_groups(model),
+            "ffn_hidden_size": ffn_hidden_size(model),
+            **decoder,
+        }
+    )
+
+
 def attended_keys(model: ModelSection, seq_length: int) -> float:
     """Keys whose scores a query costs, about; a causal half counts in full, as everywhere in the counts of work."""
     sparse, s = model.attention, seq_length

@@ -25,7 +25,7 @@ from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
 from mlm_cli.config.schema import ModelSection, Recipe
-from mlm_cli.config.shapes import check_slices, is_sparse, sample_tokens
+from mlm_cli.config.shapes import check_slices, is_sparse, sample_tokens, written_out
 from mlm_cli.data.loader import batches
 from mlm_cli.data.samples import SampleSource, open_training_data, with_sizes
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
@@ -273,7 +273,7 @@ def _start_from(init_from: str, recipe: Recipe, parallel: ParallelContext) -> Mo
 
 
 def _check_same_shape(section: ModelSection, recipe: Recipe, init_from: str) -> None:
-    wanted, found = recipe.model.model_dump(), section.model_dump()
+    wanted, found = (written_out(model).model_dump() for model in (recipe.model, section))
     free = {*FREE_MODEL_KEYS, *CONTEXT_KEYS, "experts"}
     differing = [
         f"model.{key}: {found[key]} there, {wanted[key]} in the recipe"

@@ -72,6 +72,18 @@ def test_learned_positions_are_copied_one_after_the_other(data: Path, tmp_path: 
     assert config["n_positions"] == 40 and config["mlm"]["attention"]["pattern"] == "local"
 
 
+def test_sizes_left_unset_are_not_those_of_the_weights(data: Path, tmp_path: Path) -> None:
+    """Else the run would be of another shape than its recipe, and could not be resumed."""
+    narrow = ["model.ffn_hidden_size=96", "model.num_query_groups=1"]
+    assert pretrain.run(recipe(data, tmp_path / "narrow", "debug/llama", 6, *narrow)) == 0
+    overrides = [f"init_from={tmp_path / 'narrow'}", "model.num_query_groups=null"]
+    with pytest.raises(UsageError, match=r"num_query_groups: 1 there, 4 in (.|\n)*ffn_hidden_size: 96 there, 192 in"):
+        pretrain.run(recipe(data, tmp_path / "wide", "debug/llama", 6, *overrides))
+    written_out = ["model.ffn_hidden_size=192", "model.head_dim=16", f"init_from={tmp_path / 'plain'}"]
+    assert pretrain.run(recipe(data, tmp_path / "plain", "debug/llama", 6)) == 0
+    assert pretrain.run(recipe(data, tmp_path / "same", "debug/llama", 6, *written_out)) == 0
+
+
 def test_a_pattern_or_a_scaling_is_not_lost_by_silence(data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model__attention_dropout": 0.0, "train__steps": 1, "model__attention": LOCAL}
     assert pretrain.run(make_recipe(data, tmp_path / "sparse", **options)) == 0
