@@ -238,7 +238,7 @@ def refuse_inexpressible(model: ModelSection) -> None:
             what = f"{_WORDS[name]} (model.{name}: {value})" if name in _WORDS else f"model.{name}: {value}"
             raise UsageError(
                 f"Megatron's classic layout cannot express this model: it has no place for {what}",
-                hint="`--to mlm` keeps it, `--to hf` may",
+                hint="`--to mlm` keeps it" + ("" if name in ("experts", "attention") else ", `--to hf` may"),
             )
     if model.binary_head != "none" and model.num_token_types != 2:
         raise UsageError(

@@ -40,38 +40,21 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "c2 d2 zero 0": (4, {"context": 2, "zero": 0}),
     "t2 p2 d2 zero 1": (8, {"tensor": 2, "pipeline": 2, "zero": 1}),
 }
-# An encoder and decoder, whose words and tables of positions are tied over stages.
-ROWS |= {
-    f"t5 {name}": row
-    for name, row in {
-        "t2 sequence": (2, {"tensor": 2, "sequence": True}),
-        "p2": (2, {"pipeline": 2}),
-        "d2 zero 1": (2, {"zero": 1}),
-        "t4": (4, {"tensor": 4}),
-        "p4": (4, {"pipeline": 4}),
-        "t2 p2": (4, {"tensor": 2, "pipeline": 2}),
-        "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
-        "p2 d2 zero 1": (4, {"pipeline": 2, "zero": 1}),
-    }.items()
-}
-# Masked words and sentence order; a mixture of experts in every other layer of a GPT.
-ROWS |= {
-    f"{family} {name}": row
-    for family in ("bert", "experts")
-    for name, row in {
-        "t2 sequence": (2, {"tensor": 2, "sequence": True}),
-        "p2": (2, {"pipeline": 2}),
-        "d2 zero 1": (2, {"zero": 1}),
-        "t2 p2": (4, {"tensor": 2, "pipeline": 2}),
-        "t2 d2 zero 3": (4, {"tensor": 2, "zero": 3}),
-    }.items()
-}
-REFERENCE_NAMES = ("reference", "t5 reference", "bert reference", "experts reference")  # of one rank, for each family
+# The other families: T5, whose words and tables of positions are tied over stages; BERT, pre-norm with sentence order
+# and post-norm with the next sentence; a GPT with a mixture of experts in every other layer.
+_EVERY_FAMILY = (
+    "t2", "t2 sequence", "p2", "d2 zero 1", "d2 zero 2", "d2 zero 3", "t4", "p4", "t2 p2", "t2 d2 zero 1",
+    "t2 d2 zero 3", "p2 d2 zero 1", "t2 p2 d2 zero 1",
+)  # fmt: skip
+ROWS |= {f"{family} {name}": ROWS[name] for family in ("t5", "bert", "experts") for name in _EVERY_FAMILY}
+ROWS |= {f"bert-post {name}": ROWS[name] for name in ("t2 sequence", "p2", "d2 zero 3", "t2 p2")}
+REFERENCE_NAMES = ("reference", *(f"{family} reference" for family in ("t5", "bert", "bert-post", "experts")))
 REFERENCES = [(name, "none") for name in REFERENCE_NAMES]
 RECOMPUTE = ("none", "full")
 _MODELS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "bert": {"family": "bert", "num_token_types": 2, "binary_head": "sentence_order"},
+    "bert-post": {"family": "bert", "num_token_types": 2, "binary_head": "next_sentence", "norm_order": "post"},
     "experts": {"experts": {"num_experts": 4, "top_k": 2, "every": 2, "balance_loss": 0.1}},
 }
 _MODELS["t5"] = {
@@ -115,7 +98,7 @@ def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: st
                 "make_vocab_size_divisible_by": 32,
                 **_MODELS[family],
             },
-            "tokenizer": str(Path(data).parent / "tokenizer") if family in ("t5", "bert") else None,
+            "tokenizer": str(Path(data).parent / "tokenizer") if family.startswith(("t5", "bert")) else None,
             "data": {"path": data, "split": "80,20,0"},
             "train": {
                 "steps": STEPS,
@@ -219,9 +202,9 @@ def page(found: dict[tuple[str, str], Distance]) -> str:
         "",
         "The same recipe learns the same model however it is spread. Made by `python tests/numerics/layout_rows.py`",
         "and held by `tests/numerics/test_layouts.py`: 20 steps in float32 on CPU ranks over gloo of a GPT of 4 layers",
-        "or, where it says so, a T5 of 2 + 2, a BERT of 4, or a GPT with experts in every other layer; largest",
-        "relative difference from one rank. Bounds: loss and gradient norm 1e-5, final weights in `model/` 1e-4 of",
-        "each tensor's largest.",
+        "or, where it says so, a T5 of 2 + 2, a BERT of 4 (bert-post: post-norm), or a GPT with experts in every other",
+        "layer; largest relative difference from one rank. Bounds: loss and gradient norm 1e-5, final weights in",
+        "`model/` 1e-4 of each tensor's largest.",
         "",
         "t tensor, p pipeline, c context, d data; sequence: `parallel.sequence`; offload: `parallel.offload` cpu;",
         "recompute: `train.recompute`.",
