@@ -71,7 +71,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from mlm_cli.checkpoint.hub import save_model_folder
     from mlm_cli.checkpoint.save import Checkpointer, Identity
     from mlm_cli.config.schema import ModelSection
-    from mlm_cli.models.gpt import build_gpt
+    from mlm_cli.models.registry import build_gpt
     from mlm_cli.parallel.context import ParallelContext
     from mlm_cli.training.engine import OptimizerSettings
     from mlm_cli.training.engine_choice import build_engine, choose_engine

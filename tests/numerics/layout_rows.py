@@ -60,8 +60,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 _MODELS["t5"] = {
     "family": "t5",
     "num_layers": 2,
-    "head_dim": 6,
-    "decoder_seq_length": 8,
+    "head_dim": 16,
     "position": "relative",
     "relative_buckets": 8,
     "relative_max_distance": 16,
@@ -91,9 +90,10 @@ def make_recipe(data: str, output: Path, parallel: dict[str, Any], recompute: st
         {
             "model": {
                 "num_layers": 4,
-                "hidden_size": 32,
+                # heads of 16 and 64 tokens: what the kernel for attention on the CPU takes
+                "hidden_size": 64,
                 "num_attention_heads": 4,
-                "seq_length": 16,
+                "seq_length": 64,
                 "vocab_size": 90,
                 "make_vocab_size_divisible_by": 32,
                 **_MODELS[family],
