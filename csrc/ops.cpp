@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(mlm, m) {
       " float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()");
   // Sums x over the processes that have `segment` in common, in rank order; zero the segment before its first use.
   m.def("shared_all_reduce_(Tensor(a!) x, Tensor(b!) segment, int rank, int size, float timeout) -> ()");
+  // out = the tensors x of all ranks, in their order; x may be this rank's part of out.
+  m.def(
+      "shared_all_gather_(Tensor(a!) out, Tensor x, Tensor(b!) segment, int rank, int size, float timeout) -> ()");
   // One token a row through a whole GPT; inference only. weights: word, position, final norm (2), head, then per layer
   // norm1 (2), qkv (2), out (2), norm2 (2), up (2), down (2), each weight and bias, empty where there is none. cache: keys
   // and values per layer, [slots, groups, capacity, dim], written to by each step. activation: 0 gelu, 1 gelu_erf,

@@ -12,7 +12,7 @@ registry.load()  # before the modules below, which look at what was loaded
 
 # ruff: noqa: E402
 from mlm_cli.ops.activation import bias_gelu, bias_gelu_erf, swiglu
-from mlm_cli.ops.collective import serves_shared_all_reduce, shared_all_reduce_
+from mlm_cli.ops.collective import serves_shared_memory, shared_all_gather_, shared_all_reduce_
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import DecodeStep, serves_decode_step
 from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
@@ -43,7 +43,8 @@ __all__ = [
     "serves_decode_step",
     "serves_flex",
     "serves_intervals",
-    "serves_shared_all_reduce",
+    "serves_shared_memory",
+    "shared_all_gather_",
     "shared_all_reduce_",
     "softmax_gradient",
     "sparse_attention",

@@ -29,12 +29,14 @@ OPERATORS = (
     "adamw_",
     "decode_step",
     "shared_all_reduce_",
+    "shared_all_gather_",
 )
 # Operators without a CUDA kernel, and what serves there instead.
 CPU_ONLY = {
     "decode_step": "the layers run one by one",
     "interval_attention": "torch's fused attention",
     "shared_all_reduce_": "NCCL",
+    "shared_all_gather_": "NCCL",
 }
 
 cpu_loaded = False

@@ -50,14 +50,16 @@ class Group:
         """The tensors of all ranks of the group, in rank order; all must have the same shape."""
         if self.size == 1:
             return [tensor]
+        if self.shared is not None and self.shared.takes(tensor):
+            return list(self.shared.gather_(tensor.new_empty((self.size, *tensor.shape)), tensor))
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.handle)
         return parts
 
     def start_all_gather(self, tensor: Tensor) -> tuple[list[Tensor], dist.Work | None]:
         """Begin ``all_gather``; the tensors are there after ``wait()`` on the second value (None: they are already)."""
-        if self.size == 1:
-            return [tensor], None
+        if self.size == 1 or (self.shared is not None and self.shared.takes(tensor)):
+            return self.all_gather(tensor), None
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         return parts, dist.all_gather(parts, tensor.contiguous(), group=self.handle, async_op=True)
 
@@ -173,10 +175,11 @@ class ParallelContext:
             return ParallelContext.single(device)
         # The grid of ranks, [pipeline, data, context, tensor]: a group is a line along one axis, or along two.
         grid = torch.arange(size).view(pipeline, -1, context, tensor)
-        tensor_group = _make_groups(grid, shared=torch.device(device).type == "cpu")
-        data_group = _make_groups(grid.permute(0, 2, 3, 1))
+        on_cpu = torch.device(device).type == "cpu"
+        tensor_group = _make_groups(grid, shared=on_cpu)
         alone = context == 1  # then the replicas are the data ranks, and no more groups are made
-        replicas = data_group if alone else _make_groups(grid.permute(0, 3, 1, 2).flatten(2))
+        data_group = _make_groups(grid.permute(0, 2, 3, 1), shared=on_cpu and alone)
+        replicas = data_group if alone else _make_groups(grid.permute(0, 3, 1, 2).flatten(2), shared=on_cpu)
         return ParallelContext(
             world=Group(dist.get_rank(), size, dist.group.WORLD, tuple(range(size))),
             tensor=tensor_group,

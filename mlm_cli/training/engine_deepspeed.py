@@ -32,7 +32,7 @@ from mlm_cli.models.experts import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.mpu import Mpu
 from mlm_cli.parallel.shard import shard_of
-from mlm_cli.training import zero3
+from mlm_cli.training import shared_collectives, zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
 from mlm_cli.training.disk_state import DiskState
 from mlm_cli.training.ds_config import make_ds_config
@@ -119,7 +119,9 @@ class DeepSpeedEngine:
         if parallel.replicas.handle is None:
             _join_alone(parallel)
             parallel = ParallelContext.create(device=parallel.device)
-        return initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
+        engine = initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
+        shared_collectives.install(parallel.replicas)
+        return engine
 
     @property
     def updates(self) -> int:

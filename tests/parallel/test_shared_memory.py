@@ -14,8 +14,8 @@ import torch.distributed as dist
 from mlm_cli import ops
 from mlm_cli.parallel.context import ParallelContext
 
-pytestmark = pytest.mark.skipif(not ops.serves_shared_all_reduce(), reason="kernels are not built")
-SIZES = (1, 2, 17, 4096, 300_001, 3_000_000)  # the last ones take several rounds
+pytestmark = pytest.mark.skipif(not ops.serves_shared_memory(), reason="kernels are not built")
+SIZES = (1, 2, 17, 97, 4096, 300_001, 3_000_000)  # the last ones take several rounds; 97 are three lines and a bit
 
 
 def _sums(rank: int, world_size: int) -> dict[str, Any]:
@@ -34,6 +34,11 @@ def _sums(rank: int, world_size: int) -> dict[str, Any]:
             everyone = [torch.empty_like(ours) for _ in range(world_size)]
             dist.all_gather(everyone, ours)
             same = same and all(torch.equal(other, ours) for other in everyone)
+            gathered = group.all_gather(parts[rank].view(1, -1))
+            same = same and all(torch.equal(a[0], b) for a, b in zip(gathered, parts, strict=True))
+            out = torch.empty(world_size * size, dtype=dtype)
+            mine = out[rank * size : (rank + 1) * size].copy_(parts[rank])
+            same = same and torch.equal(group.shared.gather_(out, mine), torch.cat(parts))
     strided = torch.arange(8.0).view(2, 4).t()  # goes through gloo
     return {"worst": worst, "same": same, "strided": group.all_reduce_(strided.clone().t()).numpy()}
 

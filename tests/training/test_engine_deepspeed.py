@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from engine_cases import SETTINGS, engine_run, make_batches, make_model, objective
 
+from mlm_cli import ops
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.ds_config import make_ds_config
 from mlm_cli.training.engine_choice import build_engine
@@ -120,3 +122,37 @@ def test_the_json_adds_up() -> None:
     zero = on_gpus["zero_optimization"]
     assert zero["overlap_comm"] and zero["contiguous_gradients"] and on_gpus["fp16"]["loss_scale"] == 0
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+
+
+def _through_memory(rank: int, size: int) -> dict[str, Any]:
+    """A run each way, and how many bytes went through the shared memory in the first."""
+    parallel = ParallelContext.create()
+    shared = parallel.replicas.shared
+    assert shared is not None
+    moved = {"sum_": 0, "gather_": 0}
+    for name in moved:
+        original = getattr(shared, name)
+
+        def counted(*tensors: torch.Tensor, name: str = name, original: Any = original) -> torch.Tensor:
+            moved[name] += tensors[0].nbytes
+            return original(*tensors)
+
+        setattr(shared, name, counted)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        first = engine_run("deepspeed", 2, torch.float32, parallel, 1)
+        alone = dataclasses.replace(parallel.replicas, shared=None)
+        counts = dict(moved)
+        second = engine_run("deepspeed", 2, torch.float32, dataclasses.replace(parallel, replicas=alone, data=alone), 1)
+    return {"counts": counts, "after": moved, "runs": (first, second)}
+
+
+@pytest.mark.skipif(not ops.serves_shared_memory(), reason="kernels are not built")
+def test_cpu_ranks_of_one_machine_use_shared_memory(run_ranks: Callable[..., list[Any]]) -> None:
+    num_bytes = 4 * sum(parameter.numel() for parameter in make_model().parameters())
+    for answer in run_ranks(_through_memory, 2):
+        counts, (first, second) = answer["counts"], answer["runs"]
+        assert counts["sum_"] >= num_bytes * len(first[0]) and counts["gather_"] >= num_bytes * len(first[0])
+        assert answer["after"] == counts, "without shared memory nothing goes through it"
+        assert first[:2] == second[:2]  # two ranks: gloo adds in the same order
+        for key, weight in first[2].items():
+            assert (weight == second[2][key]).all()

@@ -1,0 +1,52 @@
+"""DeepSpeed's collectives over CPU ranks of one machine, through the memory that they share instead of sockets.
+
+DeepSpeed sends every collective to one object, ``deepspeed.comm.comm.cdb``. Ours stands in front of it and takes the
+two that ZeRO is made of, for one group: sums of gradients and gathers of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mlm_cli.parallel.context import Group
+
+
+class SharedCollectives:
+    """``backend``, but for what ``group`` does through shared memory."""
+
+    def __init__(self, backend: Any, group: Group) -> None:
+        assert group.shared is not None
+        self._backend, self._handle, self._shared = backend, group.handle, group.shared
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+        from deepspeed.comm import ReduceOp
+
+        op = ReduceOp.SUM if op is None else op
+        if group is self._handle and op == ReduceOp.SUM and not async_op and self._shared.takes(tensor):
+            self._shared.sum_(tensor)
+            return None
+        return self._backend.all_reduce(tensor, op, group, async_op)
+
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        takes = self._shared.takes(input_tensor) and self._shared.takes(output_tensor)
+        if group is self._handle and not async_op and takes:
+            self._shared.gather_(output_tensor, input_tensor)
+            return None
+        return self._backend.all_gather_into_tensor(
+            output_tensor=output_tensor, input_tensor=input_tensor, group=group, async_op=async_op
+        )
+
+
+def install(group: Group) -> None:
+    """From now on DeepSpeed's sums and gathers over ``group`` go through its shared memory, where it has any."""
+    import deepspeed.comm.comm as comm
+
+    backend = comm.cdb._backend if isinstance(comm.cdb, SharedCollectives) else comm.cdb
+    comm.cdb = SharedCollectives(backend, group) if group.shared is not None else backend
