@@ -129,12 +129,16 @@ class RunFolder:
             elif entry.name.startswith(".") and entry.name.endswith(".tmp"):
                 entry.unlink(missing_ok=True)
 
-    def prune(self, keep_last: int, also: Container[int] = ()) -> None:
-        """Remove all but the best, those of ``also`` and the newest ``keep_last`` checkpoints; 0 keeps all. Only after
-        a newer one was verified."""
+    def prune(self, keep_last: int, newest: int, also: Container[int] = ()) -> None:
+        """Remove all but the best, those of ``also`` and the last ``keep_last`` checkpoints; 0 keeps all.
+
+        Args:
+            newest: step of the one that has just been verified. Later ones were passed over as damaged when the run
+                went on, and must take no sound one's place: they neither count nor go.
+        """
         if keep_last > 0:
             best = self.best()
-            for step in self.steps()[:-keep_last]:
+            for step in [step for step in self.steps() if step <= newest][:-keep_last]:
                 if step != best and step not in also:
                     self.discard(self.checkpoint(step))
 

@@ -15,6 +15,7 @@ from mlm_cli.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 20  # bytes hashed at once
+_OWN_HASH = "sha256"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ class Manifest:
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        """With a hash of itself: a flipped bit could name another layout or step, and still be JSON."""
+        values = asdict(self)
+        return json.dumps({**values, _OWN_HASH: _hash_of(values)}, indent=1, sort_keys=True) + "\n"
+
+
+def _hash_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -71,7 +78,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: none there, not JSON, of a newer version, or lacking a key.
+        CheckpointError: none there, not JSON, of a newer version, lacking a key, or changed since it was written.
     """
     path = folder / MANIFEST
     try:
@@ -84,6 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is not a manifest")
     if raw.get("version", 0) > FORMAT_VERSION:
         raise CheckpointError(f"{path} has version {raw['version']}; this mlm reads up to {FORMAT_VERSION}")
+    if (own := raw.pop(_OWN_HASH, None)) is not None and own != _hash_of(raw):  # older ones have none
+        raise CheckpointError(f"{path} has another sha256 than when it was written")
     try:
         files = {name: FileRecord(int(entry["size"]), str(entry["sha256"])) for name, entry in raw.pop("files").items()}
         return Manifest(files=files, **raw)

@@ -200,7 +200,7 @@ class Checkpointer:
                 score = read_manifest(self.run.checkpoint(step)).metrics.get("valid_loss")
             except CheckpointError:
                 continue  # damaged: worth nothing
-            if score is not None:
+            if score is not None and math.isfinite(score):
                 scored.append((score, step))
         return [step for _, step in sorted(scored)[: self.keep_best]]
 
@@ -280,7 +280,7 @@ class Checkpointer:
             self.run.discard(final)  # a damaged or superseded one of the same step
             temporary.rename(final)
             self.run.set_latest(position.step)  # makes the run folder durable too
-            self.run.prune(self.keep_last, self._best_steps())
+            self.run.prune(self.keep_last, position.step, self._best_steps())
 
 
 def versions() -> dict[str, str]:

@@ -74,9 +74,9 @@ def test_keeps_the_newest_and_sees_only_whole_checkpoints(tmp_path: Path) -> Non
     run.temporary(40).mkdir()
     (tmp_path / "step-x").mkdir()
     assert run.steps() == [10, 20, 30, 100_000_000]
-    run.prune(2)
+    run.prune(2, 100_000_000)
     assert run.steps() == [30, 100_000_000]
-    run.prune(0)
+    run.prune(0, 100_000_000)
     assert run.steps() == [30, 100_000_000]
     run.set_latest(30)
     assert (tmp_path / "latest").read_text() == "step-00000030\n"

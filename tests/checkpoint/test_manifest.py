@@ -65,3 +65,11 @@ def test_a_newer_format_is_refused(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps({**values, "version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         read_manifest(checkpoint)
+
+
+def test_one_without_a_hash_of_itself_is_read(checkpoint: Path) -> None:
+    """As older versions wrote it."""
+    values = json.loads((checkpoint / "manifest.json").read_text())
+    del values["sha256"]
+    (checkpoint / "manifest.json").write_text(json.dumps(values))
+    assert read_manifest(checkpoint).step == 7

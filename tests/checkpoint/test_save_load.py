@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 from collections.abc import Callable
@@ -231,3 +232,35 @@ def test_keeps_the_best_beside_the_last(tmp_path: Path) -> None:
         checkpointer.save(Position(step, step), {} if loss is None else {"valid_loss": loss})
         stays.append(checkpointer.run.steps())
     assert stays == [[1], [1, 2], [2, 3], [2, 4], [2, 4, 5], [2, 6], [2, 6, 7]]
+
+
+def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path: Path) -> None:
+    """A run that fell back saves at an earlier step than the damaged one, which must not count as the newest."""
+    engine = make_engine(ONE)
+    checkpointer = make_checkpointer(tmp_path, engine, ONE, keep_last=1, keep_best=1)
+    for step, loss in ((10, 1.0), (30, 2.0)):
+        checkpointer.save(Position(step, step), {"valid_loss": loss})
+    path = checkpointer.run.checkpoint(30) / "state/rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    for step in (12, 14):
+        saved = checkpointer.save(Position(step, step), {"valid_loss": math.nan})  # which is nobody's best
+        assert saved is not None and saved.folder.is_dir()
+        assert checkpointer.run.steps() == [10, step, 30]
+        found = find_newest(checkpointer.run)
+        assert found is not None and found.manifest.step == step
+    checkpointer.save(Position(30, 30))
+    assert checkpointer.run.steps() == [10, 30]
+
+
+def test_a_flipped_bit_of_the_manifest_is_damage_too(tmp_path: Path) -> None:
+    """Whatever it says then: another layout, another step."""
+    run = saved(tmp_path, 1, 2)
+    path = run.checkpoint(2) / "manifest.json"
+    written = path.read_bytes()
+    for before, after in ((b'"world": 1', b'"world": 3'), (b'"step": 2', b'"step": 6'), (b'"data": 1', b'"data": 0')):
+        path.write_bytes(written.replace(before, after))
+        found = find_newest(run)
+        assert found is not None and found.folder == run.checkpoint(1), after
+    path.write_bytes(written)
+    found = find_newest(run)
+    assert found is not None and found.folder == run.checkpoint(2)
