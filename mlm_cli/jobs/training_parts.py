@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mlm_cli import distributed, log
+from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.load import find_newest, load_state
 from mlm_cli.checkpoint.save import Checkpointer
 from mlm_cli.checkpoint.state import Position
@@ -129,7 +130,7 @@ def build_numerics(
     checkpointer: Checkpointer,
     position: Position,
 ) -> Numerics:
-    """The policy for bad losses. A run that may have to go back saves its beginning too."""
+    """The policy for bad losses. A run that may have to go back saves its beginning too, also one in another's."""
     policy = policy_of(session.recipe)
 
     def rollback() -> Position:
@@ -141,7 +142,7 @@ def build_numerics(
     saving = checkpointer.bytes_needed() / _SLOW_DISK  # a collective: also on ranks without a deadline
     if session.stop.deadline is not None:
         session.stop.deadline.saving = saving
-    if policy.action == "rollback" and session.found is None:
+    if policy.action == "rollback" and not agree.on_rank_zero(session.run.steps):
         checkpointer.save(position)
     return Numerics(policy, rollback)
 

@@ -80,6 +80,14 @@ def test_rollback_reads_other_samples_and_resumes_alike(
     # `halves` has a checkpoint at 5, and so went back less far: only what was read since is left out
     assert read_manifest(halves / "step-00000012").consumed_samples == 48 + 8
 
+    # begun from another run's checkpoint, and bad before the first of its own
+    assert pretrain.run(make_recipe(data, tmp_path / "other", train__steps=5, train__on_bad_loss="rollback")) == 0
+    branch = tmp_path / "branch"
+    begin = {"checkpoint__resume": str(tmp_path / "other" / "step-00000005")}
+    assert pretrain.run(make_recipe(data, branch, **changes, **begin)) == 0
+    assert RunFolder(branch).steps() == [5, 8, 12]
+    assert metrics(branch)[0]["skipped_samples"] == [20, 28]
+
     early = tmp_path / "early"
     monkeypatch.setattr(pretrain, "objective", spoil(1, math.nan))  # in step 1: back to the very beginning
     assert pretrain.run(make_recipe(data, early, **changes)) == 0
