@@ -82,10 +82,10 @@ def open_session(recipe: Recipe, stop: StopFlag | None = None) -> Iterator[Sessi
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopFlag().listening())
         agree.on_rank_zero(lambda: stack.enter_context(run.lock()))
-        changes = agree.on_rank_zero(lambda: _prepare(run, recipe))
-        found = _find(run, recipe)
-        if found is not None:
-            for change in changes:
+        before = agree.on_rank_zero(lambda: _prepare(run, recipe))
+        found = _find(run, recipe, again=before == recipe)
+        if found is not None and before is not None:
+            for change in check_same_run(before, recipe, str(run)):
                 log.info(f"continuing with a changed recipe: {change}")
         status = Status(run, steps=recipe.train.steps, active=writes)
         try:
@@ -111,12 +111,12 @@ def open_session(recipe: Recipe, stop: StopFlag | None = None) -> Iterator[Sessi
 _MEMORY_HINT = "lower train.micro_batch_size, set train.recompute=full, or slice the model with parallel.tensor"
 
 
-def _prepare(run: RunFolder, recipe: Recipe) -> list[str]:
-    """Rank 0, under the lock: tidy up, and compare with the recipe that is there."""
+def _prepare(run: RunFolder, recipe: Recipe) -> Recipe | None:
+    """Rank 0, under the lock: tidy up, and compare with the recipe of the checkpoints here, which is returned."""
     run.remove_leftovers()
     steps = run.steps()
     if not steps:
-        return []
+        return None
     if recipe.checkpoint.resume == "never":
         raise UsageError(
             f"{run} holds checkpoints up to step {steps[-1]} and checkpoint.resume is `never`",
@@ -126,14 +126,20 @@ def _prepare(run: RunFolder, recipe: Recipe) -> list[str]:
         raise UsageError(
             f"{run} holds checkpoints but no recipe.yaml", hint="choose another folder with --output, or restore it"
         )
-    return check_same_run(resolve_recipe(str(run.recipe)), recipe, str(run))
+    before = resolve_recipe(str(run.recipe))
+    check_same_run(before, recipe, str(run))
+    return before
 
 
-def _find(run: RunFolder, recipe: Recipe) -> Found | None:
+def _find(run: RunFolder, recipe: Recipe, *, again: bool) -> Found | None:
+    """``again``: nothing of the recipe has changed since the last start."""
     wanted = recipe.checkpoint.resume
     if wanted in ("auto", "never"):
         return find_newest(run)
     folder = Path(wanted).expanduser().absolute()
+    if folder.parent == run.path and again:  # a requeued job goes back once
+        log.info(f"{run} went back to {folder.name} already and goes on; only a changed recipe goes back once more")
+        return find_newest(run)
     if folder.parent == run.path:
         found = open_checkpoint(folder)
         agree.on_rank_zero(lambda: _set_aside(run, found.manifest.step))

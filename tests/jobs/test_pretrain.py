@@ -321,13 +321,23 @@ def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
         pretrain.run(make_recipe(data, tmp_path / "run"))
 
 
-def test_resumes_from_a_named_checkpoint(straight: Path, data: Path, tmp_path: Path) -> None:
+def test_resumes_from_a_named_checkpoint(
+    straight: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copy_of(straight, tmp_path)
     expected = fingerprints(run / "step-00000012")
     # back within the run: later checkpoints are put aside, and made anew
     assert pretrain.run(make_recipe(data, run, checkpoint__every=4, checkpoint__resume=str(run / "step-00000004"))) == 0
     assert fingerprints(run / "step-00000012") == expected
     assert (run / "replaced-step-00000012").is_dir()
+    # a requeued job gives the same command again: it goes on where it was
+    shutil.rmtree(run / "step-00000012")
+    mark = (run / "step-00000008" / "manifest.json").stat().st_mtime_ns
+    back = make_recipe(data, run, checkpoint__every=4, checkpoint__resume=str(run / "step-00000004"))
+    assert pretrain.run(back) == 0
+    assert "step-00000004 already and goes on" in capsys.readouterr().err
+    assert (run / "step-00000008" / "manifest.json").stat().st_mtime_ns == mark
+    assert fingerprints(run / "step-00000012") == expected
     # another folder begins from it
     branch = tmp_path / "branch" / "run"
     assert pretrain.run(make_recipe(data, branch, checkpoint__resume=str(straight / "step-00000008"))) == 0
