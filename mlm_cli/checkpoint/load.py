@@ -111,7 +111,7 @@ def _load_state(found: Found, engine: HasState, streams: Streams | None, paralle
     about, handle = read_about(found.folder / own)
     fragments = engine.fragments()
     # A layout may keep its sizes and still share out the optimizer state otherwise (another engine or ZeRO stage).
-    if same_layout and all(_is_stored_as(fragment, about) for fragment in fragments):
+    if same_layout and all(is_stored_as(fragment, about) for fragment in fragments):
         for fragment in fragments:
             for kind in KINDS if fragment.numel else ():
                 fragment.tensors[kind].copy_(handle.get_tensor(f"{kind}/{fragment.name}"))
@@ -131,7 +131,8 @@ def _load_state(found: Found, engine: HasState, streams: Streams | None, paralle
     return Position(int(about["step"]), int(about["consumed_samples"]), about["extra"])
 
 
-def _is_stored_as(fragment: Fragment, about: dict[str, Any]) -> bool:
+def is_stored_as(fragment: Fragment, about: dict[str, Any]) -> bool:
+    """Does the file that ``about`` is of hold the very part of the parameter that this fragment is?"""
     entry = about["parameters"].get(fragment.name)
     return entry is not None and (entry["start"], entry["numel"], tuple(entry["shape"])) == (
         fragment.start,

@@ -33,6 +33,7 @@ from mlm_cli.training.replay import (
     find_verified,
     first_difference,
     read_records,
+    where_it_went_on,
 )
 from mlm_cli.training.stop import StopFlag
 from mlm_cli.training.watchdog import Watchdog, limit_waits
@@ -83,11 +84,12 @@ def _replay(recipe: Recipe, request: ReplayRequest, parallel: ParallelContext) -
     tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
     batch = batch_arithmetic(recipe, parallel.world.size)
     recipe = pretrain.fill_in(recipe, tokenizer, batch)
-    agree.all_succeed(lambda: check_same_run(resolve_recipe(str(folder.recipe)), recipe, str(folder)))
+    ran = agree.all_succeed(lambda: resolve_recipe(str(folder.recipe)))
+    check_same_run(ran, recipe, str(folder))
     verified = None
     if request.step is None:
         verified = find_verified(folder)
-        _check_layout(verified, parallel)
+        _check_layout(verified, parallel, ran, recipe)
     target = verified.manifest.step if verified is not None else request.step
     assert target is not None
     _check_step(target, folder, recipe)
@@ -96,7 +98,9 @@ def _replay(recipe: Recipe, request: ReplayRequest, parallel: ParallelContext) -
     recorded = agree.on_rank_zero(lambda: read_records(folder))
     if verified is not None:
         recorded[target] = {**recorded.get(target, {}), **verified.manifest.metrics}
-    engine, recorder, report.samples = _take_steps(recipe, tokenizer, batch, parallel, start, verified, target)
+    engine, recorder, report.samples = _take_steps(
+        recipe, tokenizer, batch, parallel, start, verified, target, recorded
+    )
     replayed = recorder.records[target]
     report.difference, report.steps_compared = first_difference(recorder.records, recorded)
     report.loss, report.grad_norm, report.lr = (replayed.get(name) for name in ("loss", "grad_norm", "lr"))
@@ -115,6 +119,7 @@ def _take_steps(
     start: Found | None,
     verified: Found | None,
     target: int,
+    recorded: dict[int, dict[str, Any]],
 ) -> tuple[Any, Recorder, list[int]]:
     """The engine after ``target``, the records on the way there, and the samples of the last step."""
     source = agree.all_succeed(lambda: pretrain.open_data(recipe, tokenizer))["train"]
@@ -126,7 +131,7 @@ def _take_steps(
     _, engine, streams = pretrain.build_training_engine(recipe, batch, parallel, dtype, fresh=start is None)
     beginning = Position(0, 0)
     if start is not None:
-        beginning = load_state(start, engine, streams, parallel)
+        beginning = where_it_went_on(load_state(start, engine, streams, parallel), target, recorded)
     log.info(f"taking {target - beginning.step} steps again, from step {beginning.step:,}")
 
     def rollback() -> Position:
@@ -155,7 +160,8 @@ def _take_steps(
     return engine, recorder, listed.everywhere(parallel)
 
 
-def _check_layout(found: Found, parallel: ParallelContext) -> None:
+def _check_layout(found: Found, parallel: ParallelContext, ran: Recipe, recipe: Recipe) -> None:
+    """``ran``: the recipe that the run was last started with."""
     wrote = found.manifest.layout
     if not is_layout(wrote, parallel):
         here = wrote["world"] == parallel.world.size
@@ -164,6 +170,14 @@ def _check_layout(found: Found, parallel: ParallelContext) -> None:
             "only they give the same bits",
             hint="keep the parallel section" if here else f"add `--nproc {wrote['world']}`",
         )
+    keys = ("parallel.zero", "parallel.sequence", "train.engine")
+    for (section, name), key in zip((key.split(".") for key in keys), keys, strict=True):
+        then, now = (str(getattr(getattr(one, section), name)).lower() for one in (ran, recipe))
+        if then != now:
+            raise UsageError(
+                f"{found.folder} was written with {key}={then}; only the same gives the same bits",
+                hint=f"leave out `{key}={now}`",
+            )
 
 
 def _check_step(step: int, folder: RunFolder, recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.folder import RunFolder, step_name
-from mlm_cli.checkpoint.load import Found, find_newest, inspect, open_checkpoint
+from mlm_cli.checkpoint.load import Found, find_newest, inspect, is_stored_as, open_checkpoint
 from mlm_cli.checkpoint.state import KINDS, HasState, Position, rank_file, read_about
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.parallel.context import ParallelContext
@@ -174,6 +174,16 @@ def find_start(run: RunFolder, step: int, resume: str) -> Found | None:
     return find_newest(within) if within.steps() else open_checkpoint(elsewhere)
 
 
+def where_it_went_on(beginning: Position, target: int, recorded: Mapping[int, Mapping[str, Any]]) -> Position:
+    """``beginning``, or behind the samples that the run left out after it had gone back there from a step that is not
+    taken again on the way to ``target``."""
+    record = recorded.get(beginning.step + 1, {})
+    left_out = record.get("skipped_samples") or [None, 0]
+    if left_out[0] != beginning.consumed_samples or record.get("bad_step", 0) <= target:
+        return beginning
+    return Position(beginning.step, int(left_out[1]), beginning.extra)
+
+
 def find_verified(run: RunFolder) -> Found:
     """The newest checkpoint, which must be sound. All ranks call.
 
@@ -225,8 +235,13 @@ def first_difference(
 
 
 def differing_state(found: Found, engine: HasState, parallel: ParallelContext) -> list[str]:
-    """Names of the parameters whose master weight or moments differ in a bit from a checkpoint of the same layout."""
-    _, handle = read_about(found.folder / rank_file(parallel.world.rank))
+    """Names of the parameters whose master weight or moments differ in a bit from a checkpoint of the same layout.
+
+    Raises:
+        UsageError: the ranks share the state out otherwise than those that wrote it.
+    """
+    about, handle = read_about(found.folder / rank_file(parallel.world.rank))
+    agree.all_succeed(lambda: _check_stored(found, engine, about))
     mine = [
         fragment.name
         for fragment in engine.fragments()
@@ -240,6 +255,14 @@ def differing_state(found: Found, engine: HasState, parallel: ParallelContext) -
         everywhere = [None] * parallel.world.size
         dist.all_gather_object(everywhere, mine)
     return sorted({name for names in everywhere for name in names})
+
+
+def _check_stored(found: Found, engine: HasState, about: dict[str, Any]) -> None:
+    if not all(is_stored_as(fragment, about) for fragment in engine.fragments()):
+        raise UsageError(
+            f"{found.folder} was written with another parallel.zero or train.engine; only the same give the same bits",
+            hint="name what it was written with, such as parallel.zero=1",
+        )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pretrain_runs import fingerprints, losses, make_recipe, metrics, write_data
 from safetensors.torch import load_file, save_file
 
@@ -63,10 +64,9 @@ def change_state(checkpoint: Path, kind: str, amount: float) -> None:
     tensors = load_file(path)
     tensors[f"{kind}/layers.1.mlp.up.weight"][7] += amount
     save_file(tensors, path, about)
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    record = hash_file(path)
-    manifest["files"]["state/rank-00000.safetensors"] = {"size": record.size, "sha256": record.sha256}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    manifest = read_manifest(checkpoint)
+    manifest.files["state/rank-00000.safetensors"] = hash_file(path)
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
 
 
 def test_verify_gives_the_loss_on_record_and_the_state_of_the_checkpoint(straight: Path, data: Path) -> None:
@@ -162,8 +162,9 @@ def test_replay_of_a_bad_step(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     rolling = tmp_path / "rolling"
     changes = {"train__on_bad_loss": "rollback", "checkpoint__every": 5}
     assert pretrain.run(make_recipe(data, rolling, **changes)) == 0
-    for report in (again(data, rolling, 10, **changes), again(data, rolling, **changes)):
-        assert report.same and report.loss == losses(rolling)[report.step - 1]
+    for step in (6, 7, 10, None):  # step 6 was taken twice, before the bad one and after it
+        report = again(data, rolling, step, **changes)
+        assert report.same and report.loss == losses(rolling)[report.step - 1], step
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -199,6 +200,32 @@ def test_layouts_reproduce_themselves(
     assert "--nproc 2" in (caught.value.hint or "")
 
 
+def _otherwise(rank: int, size: int, data: str, folder: str) -> list[str]:
+    """What is said to ``--verify`` on the same ranks, with their state shared out otherwise."""
+    distributed.shutdown = lambda: None  # type: ignore[assignment]
+    run, said = Path(folder) / "run", []
+    assert pretrain.run(make_recipe(Path(data), run, checkpoint__every=8)) == 0
+    for started in (1, 3):  # in the end with ZeRO-3, which came to no checkpoint
+        if rank == 0:
+            text = (run / "recipe.yaml").read_text()
+            (run / "recipe.yaml").write_text(text.replace("zero: 1", f"zero: {started}"))
+        torch.distributed.barrier()
+        with pytest.raises(UsageError) as caught:
+            recipe = make_recipe(Path(data), run, checkpoint__every=8, parallel={"zero": 3})
+            replay.run(recipe, ReplayRequest(str(run)))
+        said.append(f"{caught.value.message} ({caught.value.hint})")
+    return said
+
+
+def test_a_state_shared_out_otherwise_is_refused(
+    data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    for by_recipe, by_state in run_ranks(_otherwise, 2, str(data), str(tmp_path)):
+        assert "was written with parallel.zero=1; only the same" in by_recipe
+        assert "leave out `parallel.zero=3`" in by_recipe
+        assert "was written with another parallel.zero or train.engine" in by_state
+
+
 def test_the_command(tiny_text: Path, tmp_path: Path) -> None:
     """One document on stdout, the exit code, and refusals."""
 
@@ -222,10 +249,9 @@ def test_the_command(tiny_text: Path, tmp_path: Path) -> None:
     assert verified.returncode == 0, verified.stderr
     assert json.loads(verified.stdout)["same"] is True and "bit for bit" in verified.stderr
     assert fingerprints(tmp_path / "run" / "step-00000004") == before
-    manifest = tmp_path / "run" / "step-00000004" / MANIFEST
-    changed = json.loads(manifest.read_text())
-    changed["metrics"]["loss"] += 1e-9
-    manifest.write_text(json.dumps(changed))
+    manifest = read_manifest(tmp_path / "run" / "step-00000004")
+    manifest.metrics["loss"] += 1e-9
+    (tmp_path / "run" / "step-00000004" / MANIFEST).write_text(manifest.to_json())
     failed = mlm("pretrain", "run", "--verify")
     assert failed.returncode == 4 and failed.stderr.count("error: ") == 1 and "recorded" in failed.stdout
     assert mlm("pretrain", "run", "--verify", "--replay", "3").returncode == 2
