@@ -10,9 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
 from mlm_cli import __version__, log
+from mlm_cli.cli.early_stop import leaving
 from mlm_cli.cli.failures import exit_code_of
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "recipe": ("mlm_cli.cli.recipe", "recipe_app", "List, show and check recipes."),
     "doctor": ("mlm_cli.cli.doctor", "doctor", "Report versions, devices and kernels, to paste into an issue."),
 }
+TRAINING = ("pretrain", "finetune")
 
 HELP = """\
 Usage: mlm VERB [OPTIONS] ...
@@ -100,11 +103,12 @@ def help_text() -> str:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Load one verb and run it."""
-    from typer.main import get_command
+    with leaving() if verb in TRAINING else nullcontext():
+        from typer.main import get_command
 
-    command = get_command(verb_app(verb))
-    result = command.main(args=arguments, prog_name=f"mlm {verb}", standalone_mode=False)
-    return result if isinstance(result, int) else 0
+        command = get_command(verb_app(verb))
+        result = command.main(args=arguments, prog_name=f"mlm {verb}", standalone_mode=False)
+        return result if isinstance(result, int) else 0
 
 
 def verb_app(verb: str) -> typer.Typer:

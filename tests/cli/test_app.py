@@ -237,3 +237,35 @@ def test_doctor_reports_without_failing() -> None:
 def test_evaluate_needs_no_model_to_see_a_wrong_command(arguments: list[str], message: str) -> None:
     said = "\n".join(fails(2, "evaluate", "runs/none", *arguments))
     assert message in said
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from mlm_cli.cli import app
+def verb_app(verb):  # what takes seconds
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    time.sleep(5)
+app.verb_app = verb_app
+sys.exit(app.run([sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "code"),
+    [
+        ("pretrain", "SIGTERM", 75),
+        ("finetune", "SIGUSR1", 75),
+        ("pretrain", "SIGINT", 130),
+        ("convert", "SIGTERM", -15),
+    ],
+)
+def test_a_signal_before_training_begins_asks_to_be_requeued(verb: str, name: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, verb, name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("SIGTERM: stopped before there was" in done.stderr) == (code == 75 and name == "SIGTERM")
