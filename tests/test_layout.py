@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -52,3 +53,22 @@ def test_start_up_is_light(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    """They are run by hand, and import inside functions: a name that has moved would show only then."""
+    named = [
+        (path.name, node.module, name.name)
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlm_cli")
+        for name in node.names
+    ]
+    lost = []
+    for file, module, name in named:
+        if not hasattr(importlib.import_module(str(module)), name):
+            try:
+                importlib.import_module(f"{module}.{name}")
+            except ModuleNotFoundError:
+                lost.append(f"{file}: {module}.{name}")
+    assert len(named) > 20 and not lost
