@@ -10,7 +10,6 @@ namespace {
 
 // Queries of an item. Keys and values are packed once an item, so it should be long beside a window.
 constexpr int64_t kSegment = 1024;
-constexpr int64_t kPanelKeys = 64;  // as in kernels/interval_attention.h
 
 // Runs of keys by query, cut to the keys there are; an empty run ends where it begins.
 struct Intervals {
@@ -30,12 +29,14 @@ Intervals read_intervals(const char* op, const Tensor& begin, const Tensor& end,
   const int64_t* to = static_cast<const int64_t*>(pointer(e));
   Intervals found{std::vector<int64_t>(from, from + b.numel()), std::vector<int64_t>(to, to + e.numel()),
                   b.size(0) == 1 ? 0 : queries};
-  for (int64_t i = 0; i < b.numel(); ++i) {
-    int64_t &lo = found.begin[i], &hi = found.end[i];
-    lo = std::clamp<int64_t>(lo, 0, keys);
-    hi = std::max(lo, std::clamp<int64_t>(hi, 0, keys));
-    MLM_CHECK(i % queries == 0 || (lo >= found.begin[i - 1] && hi >= found.end[i - 1]), op,
-              "`begin` and `end` must not move back from a query to the next, and do at query ", i % queries);
+  for (int64_t row = 0; row < b.size(0); ++row) {
+    int64_t *lo = found.begin.data() + row * queries, *hi = found.end.data() + row * queries;
+    for (int64_t i = 0; i < queries; ++i) {
+      lo[i] = std::clamp<int64_t>(lo[i], 0, keys);
+      hi[i] = std::max(lo[i], std::clamp<int64_t>(hi[i], 0, keys));
+      MLM_CHECK(i == 0 || (lo[i] >= lo[i - 1] && hi[i] >= hi[i - 1]), op,
+                "`begin` and `end` must not move back from a query to the next, and do at query ", i);
+    }
   }
   return found;
 }
@@ -77,7 +78,7 @@ void check_inputs(const char* op, const Tensor& query, const Tensor& key, const 
                 query.size(1) % key.size(1) == 0,
             op, "`key` must have the samples and the width of `query` and a divisor of its ", query.size(1),
             " heads, got ", key.size(0), ", ", key.size(3), " and ", key.size(1));
-  MLM_CHECK(query.size(3) % 16 == 0, op, "`query` must be a multiple of 16 wide, got ", query.size(3));
+  MLM_CHECK(query.size(3) > 0 && query.size(3) % 16 == 0, op, "`query` must be a multiple of 16 wide, got ", query.size(3));
 }
 
 // Items whose keys do not overlap run side by side; which they are depends on the intervals alone, so that sums over
@@ -87,8 +88,8 @@ int64_t phases_of(const IntervalAttention& a, int64_t segments, int64_t rows_of_
     for (int64_t row = 0; row < rows_of_intervals; ++row)
       for (int64_t s = 0; s + apart < segments; ++s) {
         const int64_t last = row * a.queries + std::min((s + 1) * a.segment, a.queries) - 1;
-        const int64_t stop = (a.end[last] + kPanelKeys - 1) / kPanelKeys;
-        if (a.begin[row * a.queries + (s + apart) * a.segment] / kPanelKeys < stop) return false;
+        const int64_t stop = (a.end[last] + kPanel - 1) / kPanel;
+        if (a.begin[row * a.queries + (s + apart) * a.segment] / kPanel < stop) return false;
       }
     return true;
   };
@@ -97,12 +98,13 @@ int64_t phases_of(const IntervalAttention& a, int64_t segments, int64_t rows_of_
   return phases;
 }
 
-void run(void (*kernel)(const IntervalAttention&, int64_t, int64_t), IntervalAttention& a, int64_t phases) {
+void run(void (*kernel)(const IntervalAttention&, int64_t, int64_t), IntervalAttention& a, int64_t heads, int64_t phases) {
   const int64_t segments = (a.queries + a.segment - 1) / a.segment;
   a.phases = phases;
+  a.heads_a_sample = heads;
   for (a.phase = 0; a.phase < std::min(phases, segments); ++a.phase) {
     a.items_a_head = (segments - a.phase + phases - 1) / phases;
-    over_rows(kernel, a, a.samples * a.groups * a.items_a_head, 1);
+    over_rows(kernel, a, a.samples * heads * a.items_a_head, 1);
   }
 }
 
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor> interval_attention(Tensor query, Tensor key, Tensor v
   IntervalAttention a = describe(q, k, v, scale, intervals);
   a.out = pointer(out);
   a.lse = pointer(lse);
-  run(kernels_for(query).interval_attention_forward, a, 1);
+  run(kernels_for(query).interval_attention_forward, a, a.heads, 1);
   return {out, lse};
 }
 
@@ -145,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> interval_attention_backward(Tensor grad, Tens
   a.dkey = pointer(dkey);
   a.dvalue = pointer(dvalue);
   if (a.queries > 0)
-    run(kernels_for(query).interval_attention_backward, a,
+    run(kernels_for(query).interval_attention_backward, a, a.groups,
         phases_of(a, (a.queries + a.segment - 1) / a.segment, intervals.stride ? a.samples : 1));
   return {dquery, dkey, dvalue};
 }

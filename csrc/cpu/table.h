@@ -166,7 +166,9 @@ struct Strided {
   int64_t row;
 };
 
-// Attention over runs of keys. An item is one head of keys with a segment of queries of the heads that share it; items of a
+constexpr int64_t kPanel = 64;  // keys that are multiplied together, and queries
+
+// Attention over runs of keys. An item is a segment of queries of one head, see kernels/interval_attention.h; items of a
 // phase are `phases` segments apart.
 struct IntervalAttention {
   Strided query;
@@ -191,6 +193,7 @@ struct IntervalAttention {
   int64_t phase;
   int64_t phases;
   int64_t items_a_head;    // of this phase
+  int64_t heads_a_sample;  // that items are of: heads forward, groups backward
 };
 
 struct TypeKernels {

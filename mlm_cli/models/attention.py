@@ -138,8 +138,9 @@ def attend(
         kind: ``model.attention``.
         scale: of the scores, before ``info.bias`` is added.
     """
-    if kind == "auto" and info.runs is not None and info.bias is None and not dropout and ops.serves_intervals(query):
-        return ops.interval_attention(query, key, value, *info.runs, scale)
+    runs = info.runs if kind == "auto" and info.bias is None and not dropout else None
+    if runs is not None and ops.pays_over_dense(query, key, runs):
+        return ops.interval_attention(query, key, value, *runs, scale)
     if kind == "auto":
         # torch's attention for the CPU has no dropout: it would fall back to plain, unfused torch code.
         kind = "fused" if dropout and query.device.type == "cpu" else "sdpa"

@@ -232,7 +232,7 @@ class T5(Model):
     def encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states ``[b, s_enc, h]`` of ``tokens [b, s_enc]``, all of one length."""
         assert self.encoder_bias is not None
-        info = replace(encoder_info(tokens), bias=self.encoder_bias(tokens.shape[1], tokens.shape[1]))
+        info = replace(encoder_info(tokens), bias=self.encoder_bias(tokens.shape[1], tokens.shape[1]), runs=None)
         x = self.embedding(tokens, info)
         for layer in self.encoder:
             x = layer(x, info)

@@ -13,6 +13,8 @@ if registry.cpu_loaded:
 
 # Fewer queries do not pay for packing the keys that they see.
 _MIN_QUERIES = 64
+_MIN_HEADS = 4
+_LONGEST_RUN = 4096
 
 Runs = tuple[Tensor, Tensor]  # the first key that a query sees, and one after the last: int64 [1 or b, s] each
 
@@ -26,7 +28,8 @@ def interval_attention(query: Tensor, key: Tensor, value: Tensor, begin: Tensor,
         begin, end: int64 ``[1 or b, s]``; neither moves back from a query to the next.
 
     Returns:
-        ``[b, n, s, d]``, zero where a query sees nothing. Same bits whatever the number of threads.
+        ``[b, n, s, d]``, zero where a query sees nothing. Same bits whatever the number of threads. A NaN among keys or
+        values may spread to neighbouring queries that do not see it, as in torch's attention.
 
     Raises:
         RuntimeError: naming the argument that does not fit.
@@ -37,8 +40,18 @@ def interval_attention(query: Tensor, key: Tensor, value: Tensor, begin: Tensor,
 
 
 def serves_intervals(query: Tensor) -> bool:
-    """True where the kernel takes such queries, and is quicker than torch's attention (docs/performance.md)."""
+    """True where the kernel takes such queries, and they are enough to pay for packing the keys."""
     return query.shape[2] >= _MIN_QUERIES and _has_kernel(query)
+
+
+def pays_over_dense(query: Tensor, key: Tensor, runs: Runs) -> bool:
+    """True where the kernel is quicker than torch's attention over all keys (measured: docs/performance.md).
+
+    Scores of longer runs leave the core's cache; and threads share out heads of keys in the backward pass.
+    """
+    if not serves_intervals(query) or key.shape[0] * key.shape[1] < _MIN_HEADS:
+        return False
+    return query.shape[2] <= _LONGEST_RUN or bool((runs[1] - runs[0]).max() <= _LONGEST_RUN)
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -85,10 +98,10 @@ def runs_of_keys(
 
 def _documents(segments: Tensor) -> Runs | None:
     """For each token of ``segments [b, s]`` its document; None where a number may come again after another one."""
-    step = segments.diff(dim=1)
-    if bool((step < 0).any()):
+    before, after = segments[:, :-1], segments[:, 1:]
+    if bool((after < before).any()):
         return None
-    new, place = step != 0, torch.arange(segments.shape[1]).expand_as(segments)
+    new, place = after != before, torch.arange(segments.shape[1]).expand_as(segments)
     first = torch.cat([torch.zeros_like(place[:, :1]), place[:, 1:].where(new, 0)], 1).cummax(1).values
     stop = torch.cat([place[:, 1:].where(new, place.shape[1]), torch.full_like(place[:, :1], place.shape[1])], 1)
     return first, stop.flip(1).cummin(1).values.flip(1)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.models import blocked_attention
 from mlm_cli.models.attention import attend_reference
@@ -86,7 +87,7 @@ def test_rotation_turns_pairs_by_their_angle() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt", "gpt documents", "bert", "bert padded", "t5 padded"])
-def test_runs_of_keys_change_nothing(family: str) -> None:
+def test_runs_of_keys_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole models in float32 on attention over runs of keys, and on the written-out one: loss and gradients."""
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 200, "seq_length": 80}
     own: dict[str, dict[str, Any]] = {
@@ -109,7 +110,14 @@ def test_runs_of_keys_change_nothing(family: str) -> None:
         batch |= {"loss_mask": torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0, 0]])}
     if name == "t5":
         batch |= {"decoder_tokens": tokens(70), "labels": tokens(70), "loss_mask": torch.ones(3, 70)}
-    losses, grads = [], []
+    losses, grads, calls = [], [], []
+    kernel_of = ops.interval_attention
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return kernel_of(*arguments)
+
+    monkeypatch.setattr(ops, "interval_attention", counted)
     for kernel in ("auto", "reference"):
         section = ModelSection(family=name, attention=kernel, **sizes, **own.get(name, {}))
         model = build_model(section, ParallelContext.single(), seed=3)
@@ -117,6 +125,7 @@ def test_runs_of_keys_change_nothing(family: str) -> None:
         loss.backward()
         losses.append(loss)
         grads.append([param.grad for param in model.parameters() if param.grad is not None])
+    assert len(calls) == (2 if ops.registry.cpu_loaded else 0)  # each layer, cross attention of T5, under auto alone
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
     for mine, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)

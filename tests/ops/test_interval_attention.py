@@ -54,11 +54,16 @@ def test_equals_the_definition(dim: int, groups: int, dtype: torch.dtype) -> Non
         check((2, 4, queries, dim), groups, keys, random_runs(rows, queries, keys, longest), dtype)
 
 
-@pytest.mark.parametrize("longest", [40, 600, 5000])
-def test_long_sequences_are_cut_into_items(longest: int) -> None:
-    """Segments whose keys overlap one, two and all others: each has its own order of phases."""
-    runs = random_runs(2, 2500, 2600, longest)
-    check((2, 2, 2500, 16), 1, 2600, runs, torch.float32)
+@pytest.mark.parametrize("overlap", ["none", "neighbours", "all"])
+def test_the_definition_of_long_sequences_cut_into_items(overlap: str) -> None:
+    """Segments of 1,024 queries whose keys overlap with no other's, the next one's, or all: one phase, two, four."""
+    place = torch.arange(3100)[None]
+    runs = {
+        "none": (place // 1024 * 1024, place // 1024 * 1024 + 1000),
+        "neighbours": (place - 300, place + 1),
+        "all": (place * 0, place + 1),
+    }[overlap]
+    check((2, 2, 3100, 16), 1, 3100, runs, torch.float32)
 
 
 def test_nothing_to_do() -> None:
@@ -94,6 +99,29 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: ops.interval_attention(*x, begin, end, 0.4), inputs)
 
 
+def test_gradients_as_a_layer_gives_them() -> None:
+    """Expanded from one number, and heads between tokens."""
+    inputs = [torch.randn(2, n, 70, 16, requires_grad=True) for n in (4, 2, 2)]
+    runs = ops.runs_of_keys(70, 70, causal=True)
+    assert runs is not None
+    out = ops.interval_attention(*inputs, *runs, 0.2)
+    grad = torch.randn(2, 70, 4, 16).transpose(1, 2)
+    for given in (torch.ones(()).expand_as(out), grad):
+        found = torch.autograd.grad(out, inputs, given, retain_graph=True)
+        for a, b in zip(found, torch.autograd.grad(out, inputs, given.contiguous(), retain_graph=True), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_where_it_pays() -> None:
+    query, key, few = torch.randn(2, 4, 64, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 1, 64, 16)
+    runs = ops.runs_of_keys(64, 64, causal=True)
+    assert runs is not None and ops.pays_over_dense(query, key, runs)
+    assert not ops.pays_over_dense(query, few, runs)
+    long = torch.empty(1, 4, 5000, 16)
+    for documents, pays in ((torch.zeros(1, 5000).long(), False), (torch.arange(5000)[None] // 2000, True)):
+        assert ops.pays_over_dense(long, long, ops.runs_of_keys(5000, 5000, causal=True, segments=documents)) is pays
+
+
 def test_extremes() -> None:
     query = torch.full((1, 1, 64, 16), 100.0)
     key = torch.zeros(1, 1, 64, 16)
@@ -104,6 +132,8 @@ def test_extremes() -> None:
     value[0, 0, 40] = torch.nan
     found = ops.interval_attention(query * 0, key, value, begin, end, 1.0)
     assert found[:, :, 40:].isnan().all()  # nothing hides it from those that see it
+    blind = ops.interval_attention(query, key, value, begin, torch.where(begin + 50 < end, end, begin), 1.0)
+    assert not blind[:, :, :50].any()  # whoever sees nothing has zeros, whatever its neighbours see
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,12 +1,10 @@
 // Attention in which each query sees one run of keys, and neither end of that run ever moves back from query to query: a
 // sliding window, causal or not, cut where a document or the padding begins. A chunk of queries is multiplied with the
-// panels of keys that its runs touch; its scores, a few hundred keys wide, never leave the core's own cache. The backward
-// pass makes the probabilities again from the scores and the logarithm of their sum (Dao et al. 2022, section 3.1).
+// panels of keys that its runs touch; while those are up to some two thousand keys, scores never leave the core's own
+// cache. The backward pass makes the probabilities again from the scores and the logarithm of their sum (Dao et al. 2022, section 3.1).
 //
 // Scores are products with keys that were transposed panel by panel, once for all queries of an item, so that every
 // product here is the same small kernel: R rows times whole vectors, both in registers.
-
-constexpr int64_t kPanel = 64;  // keys of a panel, and queries of a chunk
 
 // c[r, j] (+)= sum over k in [first, last) of a(r, k) * b[k, j] for R rows and C vectors of columns. a(r, k) is at
 // a[r * lda + k], or at a[k * lda + r] where a lies across.
@@ -145,7 +143,7 @@ MLM_INLINE void chunk_sums(
     row_groups(chunk.rows, [&](int64_t r, int count) MLM_LAMBDA {
       const int64_t from = larger(chunk.lo[r] - chunk.origin(), begin);
       const int64_t to = smaller(chunk.hi[r + count - 1] - chunk.origin(), begin + kPanel);
-      const bool add = from == begin && chunk.lo[r] - chunk.origin() < begin;
+      const bool add = chunk.lo[r] - chunk.origin() < begin;  // an earlier panel has begun the sum
       if (from < to)
         product_any<V, false>(count, weights + r * width, width, values, dim, out + r * dim, dim, dim, from, to, add);
     });
@@ -197,10 +195,11 @@ MLM_INLINE void clear_outside(A* row, KeyRange seen, int64_t width) {
   std::memset(static_cast<void*>(row + seen.end), 0, static_cast<size_t>(width - seen.end) * sizeof(A));
 }
 
-// What an item of the plan works on: one head of keys, some queries of every head that shares it.
+// What an item of the plan works on: some queries of one head (of queries forward, of keys backward, where all queries that
+// share it are added up).
 struct Item {
   int64_t sample;
-  int64_t group;
+  int64_t head;
   int64_t start;
   int64_t stop;
   int64_t first_key;  // of the panels any of its chunks touches
@@ -208,8 +207,8 @@ struct Item {
 
   Item(const IntervalAttention& a, int64_t number) {
     const int64_t segment = a.phase + number % a.items_a_head * a.phases;
-    sample = number / a.items_a_head / a.groups;
-    group = number / a.items_a_head % a.groups;
+    sample = number / a.items_a_head / a.heads_a_sample;
+    head = number / a.items_a_head % a.heads_a_sample;
     start = segment * a.segment;
     stop = smaller(start + a.segment, a.queries);
     const int64_t shift = sample * a.interval_stride;
@@ -283,29 +282,32 @@ template <class T, class V>
 void interval_attention_forward(const IntervalAttention& a, int64_t begin, int64_t end) {
   for (int64_t number = begin; number < end; ++number) {
     const Item item(a, number);
-    const int64_t keys = item.padded(), dim = a.dim, repeats = a.heads / a.groups, width = widest(a, item);
+    const int64_t keys = item.padded(), dim = a.dim, width = widest(a, item), group = item.head / (a.heads / a.groups);
     Arena<T> memory(2 * keys * dim + kPanel * (dim + width + 1));
     T *panels = memory.take(keys * dim), *values = memory.take(keys * dim), *query = memory.take(kPanel * dim),
       *scores = memory.take(kPanel * width), *inverse = memory.take(kPanel);
-    pack_panels(rows_of<T>(a.key, item.sample, item.group, item.first_key), a.key.row, item.num_keys, dim, panels);
-    pack_rows<T, V>(rows_of<T>(a.value, item.sample, item.group, item.first_key), a.value.row, item.num_keys, dim, T(1),
-                    values);
-    for (int64_t head = item.group * repeats; head < (item.group + 1) * repeats; ++head)
-      for (int64_t start = item.start; start < item.stop; start += kPanel) {
-        const Chunk chunk(a, item.sample, start, item.stop);
-        const int64_t row = (item.sample * a.heads + head) * a.queries + start;
-        T* out = static_cast<T*>(a.out) + row * dim;
-        const int64_t skipped = (chunk.origin() - item.first_key) * dim;
-        pack_rows<T, V>(rows_of<T>(a.query, item.sample, head, start), a.query.row, chunk.rows, dim,
-                        static_cast<T>(a.scale), query);
-        chunk_scores<V>(chunk, query, panels + skipped, dim, scores);
-        chunk_softmax<V>(chunk, scores, static_cast<T*>(a.lse) + row, inverse);
-        chunk_sums<V>(chunk, scores, values + skipped, dim, out);
-        for (int64_t r = 0; r < chunk.rows; ++r)
-          columns<V::N>(0, dim, [&](int64_t j, auto tag) MLM_LAMBDA {
-            store(out + r * dim + j, load(out + r * dim + j, tag) * V::set(inverse[r]), tag);
-          });
+    pack_panels(rows_of<T>(a.key, item.sample, group, item.first_key), a.key.row, item.num_keys, dim, panels);
+    pack_rows<T, V>(rows_of<T>(a.value, item.sample, group, item.first_key), a.value.row, item.num_keys, dim, T(1), values);
+    for (int64_t start = item.start; start < item.stop; start += kPanel) {
+      const Chunk chunk(a, item.sample, start, item.stop);
+      const int64_t row = (item.sample * a.heads + item.head) * a.queries + start;
+      T* out = static_cast<T*>(a.out) + row * dim;
+      const int64_t skipped = (chunk.origin() - item.first_key) * dim;
+      pack_rows<T, V>(rows_of<T>(a.query, item.sample, item.head, start), a.query.row, chunk.rows, dim,
+                      static_cast<T>(a.scale), query);
+      chunk_scores<V>(chunk, query, panels + skipped, dim, scores);
+      chunk_softmax<V>(chunk, scores, static_cast<T*>(a.lse) + row, inverse);
+      chunk_sums<V>(chunk, scores, values + skipped, dim, out);
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        if (inverse[r] == 0) {  // sees nothing: zeros, even where others of its row group see an infinity
+          std::memset(static_cast<void*>(out + r * dim), 0, static_cast<size_t>(dim) * sizeof(T));
+          continue;
+        }
+        columns<V::N>(0, dim, [&](int64_t j, auto tag) MLM_LAMBDA {
+          store(out + r * dim + j, load(out + r * dim + j, tag) * V::set(inverse[r]), tag);
+        });
       }
+    }
   }
 }
 
@@ -318,14 +320,14 @@ void interval_attention_backward(const IntervalAttention& a, int64_t begin, int6
     T *key_panels = memory.take(keys * dim), *value_panels = memory.take(keys * dim), *key = memory.take(keys * dim),
       *query = memory.take(kPanel * dim), *grad = memory.take(kPanel * dim), *scores = memory.take(kPanel * width),
       *grads = memory.take(kPanel * width);
-    const T* first = rows_of<T>(a.key, item.sample, item.group, item.first_key);
+    const T* first = rows_of<T>(a.key, item.sample, item.head, item.first_key);
     pack_panels(first, a.key.row, item.num_keys, dim, key_panels);
     pack_rows<T, V>(first, a.key.row, item.num_keys, dim, static_cast<T>(a.scale), key);
-    pack_panels(rows_of<T>(a.value, item.sample, item.group, item.first_key), a.value.row, item.num_keys, dim,
+    pack_panels(rows_of<T>(a.value, item.sample, item.head, item.first_key), a.value.row, item.num_keys, dim,
                 value_panels);
-    const int64_t whole = (item.sample * a.groups + item.group) * a.keys * dim;
+    const int64_t whole = (item.sample * a.groups + item.head) * a.keys * dim;
     T *dkey = static_cast<T*>(a.dkey) + whole, *dvalue = static_cast<T*>(a.dvalue) + whole;
-    for (int64_t head = item.group * repeats; head < (item.group + 1) * repeats; ++head)
+    for (int64_t head = item.head * repeats; head < (item.head + 1) * repeats; ++head)
       for (int64_t start = item.start; start < item.stop; start += kPanel) {
         const Chunk chunk(a, item.sample, start, item.stop);
         const int64_t row = (item.sample * a.heads + head) * a.queries + start;
