@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert,
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import check_slices
+from mlm_cli.config.shapes import check_slices, head_dim, num_decoder_layers
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
@@ -42,7 +43,11 @@ def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
             hint=f"known model types: {', '.join(LAYOUTS)}",
         )
     config.refuse_unless("quantization_config", lambda value: False, "quantised weights")
-    return LAYOUTS[kind].read_config(config), config
+    section: ModelSection = LAYOUTS[kind].read_config(config)
+    if head_dim(section) < 1:
+        heads, width = section.num_attention_heads, section.hidden_size
+        raise CheckpointError(f"{where}: {heads} attention heads do not fit into a width of {width}")
+    return section, config
 
 
 def load_model_folder(
@@ -85,9 +90,20 @@ def load_model_folder(
                 hint="name the model that it was fine-tuned from",
             )
         check_slices(section, parallel.tensor.size)
+        num_layers = section.num_layers + (num_decoder_layers(section) if section.family == "t5" else 0)
+        if num_layers > len(files.names()):
+            raise CheckpointError(
+                f"{folder / 'config.json'} asks for {num_layers} layers, {files.file_of('')} holds "
+                f"{len(files.names())} tensors"
+            )
+        layout = key_map_of(section, config)
+        # Before any memory is taken: a config.json of another model may ask for a hundred times more than there is.
+        shapes = build_model(
+            section, replace(parallel, device=torch.device("meta")), dtype=dtype, init=False, head=head
+        )
+        _check(shapes, files, layout, num_positions)
         model = build_model(section, parallel, dtype=dtype, init=False, head=head)
-        extra = set() if head else head_tensors(config, files)
-        _fill(model, files, key_map_of(section, config), extra, num_positions, on_bytes)
+        _fill(model, files, layout, set() if head else head_tensors(config, files), num_positions, on_bytes)
     return model, section
 
 
@@ -113,6 +129,14 @@ def head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     its head leaves alone."""
     heads: re.Pattern[str] = LAYOUTS[config.values["model_type"]].HEADS
     return {name for name in files.names() if heads.fullmatch(name)}
+
+
+def _check(model: Model, files: WeightFiles, layout: KeyMap, num_positions: int) -> None:
+    """Refuse files that lack a tensor for one of the parameters of this rank, or hold it in another shape."""
+    for name, param in model.named_parameters():
+        if name == "embedding.position.weight":
+            param = param.new_empty(num_positions, param.shape[1])
+        _check_parameter(param, layout.entries[name], files, layout, model.parallel.tensor.size)
 
 
 def _fill(
@@ -164,34 +188,42 @@ def find(name: str, files: WeightFiles, layout: KeyMap) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _read_parameter(
-    param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, parallel: ParallelContext, used: set[str]
-) -> None:
-    """Fill one parameter, range by range, from the one or more tensors it is made of."""
-    rank, size, shard = parallel.tensor.rank, parallel.tensor.size, shard_of(param)
-    shape = list(full_shape(param, size))
+def _widths(param: Tensor, entry: Entry, size: int) -> tuple[list[int], int, list[int]]:
+    """Of the whole parameter: its shape, the dimension that is cut, and how wide each of its sources is there."""
+    shard, shape = shard_of(param), list(full_shape(param, size))
     dim = shard.dim if shard is not None else 0
-    ranges = shard.ranges(shape[dim], rank, size) if shard is not None else [(0, shape[0])]
     valid = shard.valid if shard is not None and shard.valid is not None else shape[dim]
     widths = list(shard.blocks) if shard is not None and shard.blocks and len(entry.sources) > 1 else [valid]
     assert len(widths) == len(entry.sources)
+    return shape, dim, widths
 
-    begins = [sum(widths[:i]) for i in range(len(widths))]
+
+def _check_parameter(param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, size: int) -> None:
+    shape, dim, widths = _widths(param, entry, size)
     for source, width in zip(entry.sources, widths, strict=True):
         found = find(source, files, layout)
         if found is None and source in layout.absent:
             continue
         outside = [*shape[:dim], width, *shape[dim + 1 :]]
         files.check_shape(found or source, tuple(reversed(outside)) if entry.transposed else tuple(outside))
-        assert found is not None
-        used.add(found)
+
+
+@torch.no_grad()
+def _read_parameter(
+    param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, parallel: ParallelContext, used: set[str]
+) -> None:
+    """Fill one parameter, range by range, from the one or more tensors it is made of."""
+    rank, size, shard = parallel.tensor.rank, parallel.tensor.size, shard_of(param)
+    shape, dim, widths = _widths(param, entry, size)
+    ranges = shard.ranges(shape[dim], rank, size) if shard is not None else [(0, shape[0])]
+    begins = [sum(widths[:i]) for i in range(len(widths))]
+    used.update(found for source in entry.sources if (found := find(source, files, layout)) is not None)
     param.zero_()
     offset = 0
     for start, stop in ranges:
         source = max(i for i, begin in enumerate(begins) if begin <= start)
         found = find(entry.sources[source], files, layout)
-        first, last = start - begins[source], min(stop, valid if len(begins) == 1 else stop) - begins[source]
+        first, last = start - begins[source], min(stop, sum(widths)) - begins[source]
         if found is not None and last > first:
             whole = last - first == widths[source]
             outside_dim = 1 - dim if entry.transposed else dim

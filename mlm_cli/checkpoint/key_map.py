@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class ConfigReader:
     def refuse_unless(self, key: str, allowed: Callable[[Any], bool], reason: str) -> None:
         """Refuse a model whose ``key``, where given, asks for something we would compute wrongly."""
         value = self.values.get(key)
-        if value is not None and not allowed(value):
+        if value is not None and not (isinstance(value, Hashable) and allowed(value)):
             raise CheckpointError(f"{self.where}: `{key}: {value}` is not supported: {reason}")
 
     def section(self, **settings: Any) -> ModelSection:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
-from mlm_cli.checkpoint.map_encoder import HEADS, TASK_HEADS, encoder_entries, head_entries, read_encoder, write_encoder
+from mlm_cli.checkpoint.key_map import ConfigReader, KeyMap
+from mlm_cli.checkpoint.map_encoder import HEADS, TASK_HEADS, encoder_map, read_encoder, write_encoder
 from mlm_cli.config.schema import ModelSection
 
 __all__ = ["HEADS", "MODEL_TYPE", "TASK_HEADS", "architecture", "key_map", "read_config", "write_config"]
@@ -30,9 +30,8 @@ def write_config(model: ModelSection) -> dict[str, Any]:
 
 def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
     """Parameter names; each branch's norm lies with the branch that ends in it."""
-    norms = {"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"}
-    entries = encoder_entries(model, norms)
-    for part in ("weight", "bias"):
-        entries[f"embedding.norm.{part}"] = Entry((f"bert.embeddings.LayerNorm.{part}",))
-    head, ignored = head_entries(model)
-    return KeyMap({**entries, **head}, "bert.", ignored=ignored)
+    return encoder_map(
+        model,
+        {"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"},
+        {"embedding.norm": "bert.embeddings.LayerNorm"},
+    )

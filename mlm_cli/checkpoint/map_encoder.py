@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlm_cli.checkpoint.key_map import ConfigReader, Entry
+from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size
 
@@ -57,6 +57,8 @@ def read_encoder(config: ConfigReader, *, norm_order: str, binary_head: str) -> 
         activation=_ACTIVATIONS[config.get("hidden_act", str, "gelu")],
         bias=True,
         tie_embeddings=config.get("tie_word_embeddings", bool, True),
+        hidden_dropout=config.get("hidden_dropout_prob", (int, float), 0.1),
+        attention_dropout=config.get("attention_probs_dropout_prob", (int, float), 0.1),
     )
 
 
@@ -79,7 +81,29 @@ def write_encoder(model: ModelSection) -> dict[str, Any]:
     }
 
 
-def encoder_entries(model: ModelSection, norms: Mapping[str, str]) -> dict[str, Entry]:
+def encoder_map(model: ModelSection, norms: Mapping[str, str], outer: Mapping[str, str]) -> KeyMap:
+    """Where the parameters lie. ``norms``, ``outer``: our norm of a layer, or outside all of them -> theirs."""
+    entries = _encoder_entries(model, norms)
+    for ours, theirs in outer.items():
+        entries |= {f"{ours}.{part}": Entry((f"{theirs}.{part}",)) for part in ("weight", "bias")}
+    head, copies, ignored = _head_entries(model)
+    entries |= head
+    return KeyMap(entries, "bert.", copies=copies, ignored=ignored, stand_ins=_old_names(entries))
+
+
+def _old_names(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """Norms as the TensorFlow original calls them, and the files of its models (google-bert/bert-base-uncased)."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    found = {}
+    for name in (source for entry in entries.values() for source in entry.sources):
+        for new in old:
+            if name.endswith(f".{new}"):
+                other = name.removesuffix(new) + old[new]
+                found[name] = (other, other.removeprefix("bert."))
+    return found
+
+
+def _encoder_entries(model: ModelSection, norms: Mapping[str, str]) -> dict[str, Entry]:
     """Embeddings and layers. ``norms``: our norm of a layer -> where it lies in theirs."""
     entries = {
         "embedding.word.weight": Entry(("bert.embeddings.word_embeddings.weight",)),
@@ -101,23 +125,27 @@ def encoder_entries(model: ModelSection, norms: Mapping[str, str]) -> dict[str, 
     return entries
 
 
-def head_entries(model: ModelSection) -> tuple[dict[str, Entry], re.Pattern[str]]:
-    """The heads of pretraining, and what else their folders hold that carries nothing."""
+def _head_entries(model: ModelSection) -> tuple[dict[str, Entry], dict[str, str], re.Pattern[str]]:
+    """The heads of pretraining, the copies that their folders hold, and what else there carries nothing."""
     predictions = "cls.predictions"
     # Tied, the layer's own bias is what transformers stores; untied, only that of `decoder` is used.
     bias, other = (f"{predictions}.bias", f"{predictions}.decoder.bias")
     if not model.tie_embeddings:
         bias, other = other, bias
     entries = {"head.bias": Entry((bias,))}
-    ignored = f"{_BUFFERS}|{re.escape(other)}"
+    copies: dict[str, str] = {}
+    ignored = _BUFFERS
     for part in ("weight", "bias"):
         entries[f"head.transform.{part}"] = Entry((f"{predictions}.transform.dense.{part}",))
         entries[f"head.norm.{part}"] = Entry((f"{predictions}.transform.LayerNorm.{part}",))
-        if model.binary_head != "none":
+        if model.binary_head == "none":  # the models of the original say BertForMaskedLM and hold the other head too
+            ignored += rf"|(bert\.)?pooler\.dense\.{part}|cls\.seq_relationship\.{part}"
+        else:
             entries[f"head.pooler.{part}"] = Entry((f"bert.pooler.dense.{part}",))
             entries[f"head.binary.{part}"] = Entry((f"cls.seq_relationship.{part}",))
     if model.tie_embeddings:
-        ignored += rf"|{re.escape(predictions)}\.decoder\.weight"
+        copies = {f"{predictions}.decoder.weight": "bert.embeddings.word_embeddings.weight", other: bias}
     else:
         entries["head.weight"] = Entry((f"{predictions}.decoder.weight",))
-    return entries, re.compile(ignored)
+        ignored += f"|{re.escape(other)}"
+    return entries, copies, re.compile(ignored)

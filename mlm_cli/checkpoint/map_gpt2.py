@@ -46,6 +46,8 @@ def read_config(config: ConfigReader) -> ModelSection:
         activation=_ACTIVATIONS[config.get("activation_function", str, "gelu_new")],
         bias=own.get("bias", True) is not False,
         tie_embeddings=config.get("tie_word_embeddings", bool, True),
+        hidden_dropout=config.get("resid_pdrop", (int, float), 0.1),
+        attention_dropout=config.get("attn_pdrop", (int, float), 0.1),
     )
 
 
@@ -96,9 +98,10 @@ def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
                 entries[f"{ours}.{our_linear}.bias"] = Entry((f"{theirs}.{their_linear}.bias",))
             else:
                 zeros[f"{theirs}.{their_linear}.bias"] = (width,)
-    ignored = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
+    copies: dict[str, str] = {}
     if model.tie_embeddings:
-        ignored += r"|lm_head\.weight"
+        copies["lm_head.weight"] = "transformer.wte.weight"
     else:
         entries["head.weight"] = Entry(("lm_head.weight",))
-    return KeyMap(entries, "transformer.", zeros, ignored=re.compile(ignored))
+    ignored = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+    return KeyMap(entries, "transformer.", zeros, copies=copies, ignored=ignored)

@@ -47,6 +47,7 @@ def read_config(config: ConfigReader) -> ModelSection:
         activation="swiglu",
         bias=config.get("attention_bias", bool, False) or config.get("mlp_bias", bool, False),
         tie_embeddings=config.get("tie_word_embeddings", bool, False),
+        attention_dropout=config.get("attention_dropout", (int, float), 0.0),
     )
 
 
@@ -95,9 +96,10 @@ def key_map(model: ModelSection, config: ConfigReader | None = None) -> KeyMap:
                 entries[f"{ours}.{name}.{kind}"] = Entry(sources)
                 if kind == "bias" and config is not None and not config.get(bias_key, bool, False):
                     absent.update(sources)
-    ignored = r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    copies: dict[str, str] = {}
     if model.tie_embeddings:
-        ignored += r"|lm_head\.weight"
+        copies["lm_head.weight"] = "model.embed_tokens.weight"
     else:
         entries["head.weight"] = Entry(("lm_head.weight",))
-    return KeyMap(entries, "model.", absent=frozenset(absent), ignored=re.compile(ignored))
+    ignored = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+    return KeyMap(entries, "model.", absent=frozenset(absent), copies=copies, ignored=ignored)

@@ -38,9 +38,12 @@ def read_config(config: ConfigReader) -> ModelSection:
     config.refuse_unless(  # transformers derives it from the other, unless a folder says otherwise
         "dense_act_fn", (said, "gelu_new" if said == "gelu" else said).__contains__, "feed_forward_proj names another"
     )
+    gated = config.get("feed_forward_proj", str, "relu").startswith("gated-")
+    config.refuse_unless("is_gated_act", lambda value: bool(value) == gated, "feed_forward_proj says otherwise")
     config.refuse_unless("is_encoder_decoder", bool, "only whole models, with encoder and decoder")
     layers = config.get("num_layers", int)
     tied = config.get("tie_word_embeddings", bool, True)
+    dropout = config.get("dropout_rate", (int, float), 0.1)  # of both kinds, there
     return config.section(
         family="t5",
         num_layers=layers,
@@ -59,6 +62,8 @@ def read_config(config: ConfigReader) -> ModelSection:
         activation=_ACTIVATIONS[config.get("feed_forward_proj", str, "relu")],
         bias=False,
         tie_embeddings=config.get("scale_decoder_outputs", bool, tied),
+        hidden_dropout=dropout,
+        attention_dropout=config.get("mlm", dict, {}).get("attention_dropout", dropout),
     )
 
 

@@ -19,7 +19,8 @@ def read_rope(config: ConfigReader) -> dict[str, Any]:
     Raises:
         CheckpointError: another kind of scaling, or one that lacks a number.
     """
-    rope = config.get("rope_parameters", dict, None) or config.get("rope_scaling", dict, {})
+    # transformers 5 too takes the older key where both are there: somebody has added it to what it had written.
+    rope = config.get("rope_scaling", dict, None) or config.get("rope_parameters", dict, {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _READABLE or rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("truncate", True) is not True:
         raise CheckpointError(
@@ -53,6 +54,9 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor")
 def _number(config: ConfigReader, rope: dict[str, Any], key: str, default: float | None) -> float:
     value = rope.get(key)
     value = default if value is None else value
+    if value is None:
+        kind = rope.get("rope_type", rope.get("type"))
+        raise CheckpointError(f"{config.where}: rotary positions of type `{kind}` need `{key}`, which is missing")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise CheckpointError(f"{config.where}: `{key}` cannot be {value!r}")
     return float(value)

@@ -46,11 +46,11 @@ class WeightFiles:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._of: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            self._open_index()
-        elif (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file():  # before an index, as transformers does where both are there
             self._open(SINGLE)
             self._of = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
+        elif (folder / INDEX).is_file():
+            self._open_index()
         else:
             pickled = sorted(folder.glob("pytorch_model*.bin"))
             raise CheckpointError(
@@ -105,7 +105,7 @@ class WeightFiles:
         return list(self._of)
 
     def file_of(self, name: str) -> Path:
-        return self.folder / self._of.get(name, INDEX if (self.folder / INDEX).is_file() else SINGLE)
+        return self.folder / self._of.get(name, SINGLE if (self.folder / SINGLE).is_file() else INDEX)
 
     def numel(self, name: str) -> int:
         """Elements of a tensor."""

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from models.bert_models import SECTIONS, make_batch, shake
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mlm_cli.checkpoint.hub import load_model_folder, read_model_config, save_model_folder
+from mlm_cli.errors import CheckpointError
 from mlm_cli.models.bert import Bert
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
@@ -121,3 +122,45 @@ def test_we_open_theirs(kind: str, tmp_path: Path) -> None:
     for key, tensor in theirs.state_dict().items():
         assert written[key].equal(tensor), key
     assert read_model_config(tmp_path / "ours")[0] == section
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+def test_models_of_the_original(name: str, prefix: str, tmp_path: Path) -> None:
+    """google-bert/bert-base-uncased: norms are `gamma` and `beta`, and both heads there, whatever class is named."""
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**BASE)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {}
+    for key, tensor in load_file(path).items():
+        for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            key = key.replace(new, old)
+        tensors[prefix + key.removeprefix("bert.") if key.startswith("bert.") else key] = tensor
+    assert sum("gamma" in key for key in tensors) == 6
+    save_file(tensors, path, {"format": "pt"})
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("BertForPreTraining", name))
+
+    ours, section = load_model_folder(tmp_path, ONE)
+    assert isinstance(ours, Bert) and section.binary_head == ("none" if "Masked" in name else "next_sentence")
+    same = theirs if "PreTraining" in name else transformers.BertForMaskedLM(theirs.config)
+    same.load_state_dict(theirs.state_dict(), strict=False)
+    check_equal(ours.eval(), same.eval())
+    load_model_folder(tmp_path, ONE, head=False)
+
+
+def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**BASE))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    words = "bert.embeddings.word_embeddings.weight"
+    copies = {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": "cls.predictions.bias"}
+    save_file(tensors | {copy: tensors[first].clone() for copy, first in copies.items()}, path)
+    load_model_folder(tmp_path, ONE)
+    for copy, first in copies.items():
+        save_file(tensors | {copy: tensors[first] + 1}, path)
+        with pytest.raises(CheckpointError, match=f"{copy} is not {first}"):
+            load_model_folder(tmp_path, ONE)

@@ -71,6 +71,13 @@ def refusal(folder: Path) -> str:
         ({"scale_attn_weights": False}, ["scale_attn_weights"]),
         ({"tie_word_embeddings": False}, ["lm_head.weight", "missing"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"activation_function": ["gelu"]}, ["activation_function"]),
+        ({"n_head": 17}, ["17 attention heads", "16"]),
+        # of another model: what is there is compared before memory for what is asked for is taken
+        ({"vocab_size": 10**12}, ["transformer.wte.weight", "[50, 16]", f"[{10**12}, 16]"]),
+        ({"n_inner": 10**12}, ["transformer.h.0.mlp.c_fc.weight", "[16, 64]", f"[16, {10**12}]"]),
+        ({"n_positions": 10**12}, ["transformer.wpe.weight", "[8, 16]"]),
+        ({"n_layer": 10**12}, [f"{10**12} layers", "model.safetensors holds 16 tensors"]),
     ],
     ids=str,
 )
@@ -96,6 +103,29 @@ def test_llama_config_that_does_not_fit(tmp_path: Path, changes: dict[str, Any],
     edit_config(tmp_path, **changes)
     message = refusal(tmp_path)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("settings", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_an_output_layer_that_config_json_denies(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """transformers 5 would take it, 4 would not."""
+    words = "model.embed_tokens.weight" if settings else "transformer.wte.weight"
+    save(tmp_path, settings)
+    edit_weights(tmp_path, lambda s: s.update({"lm_head.weight": s[words].clone()}))
+    load_model_folder(tmp_path, ONE)
+    edit_weights(tmp_path, lambda s: s["lm_head.weight"].add_(1))
+    assert f"lm_head.weight is not {words}" in refusal(tmp_path)
+    load_model_folder(tmp_path, ONE, head=False)
+
+
+def test_one_file_is_read_before_an_index(tmp_path: Path) -> None:
+    """As transformers does where both are there."""
+    save(tmp_path, {}, max_shard_bytes=4000)
+    sharded, _ = load_model_folder(tmp_path, ONE)
+    save(tmp_path, {"init_std": 0.5})
+    whole, _ = load_model_folder(tmp_path, ONE)
+    stored = load_file(tmp_path / "model.safetensors")["transformer.wpe.weight"]
+    assert whole.state_dict()["embedding.position.weight"].equal(stored)
+    assert not sharded.state_dict()["embedding.position.weight"].equal(stored)
 
 
 def test_tensors_that_do_not_fit(folder: Path) -> None:

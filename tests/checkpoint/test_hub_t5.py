@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +137,15 @@ def test_an_output_layer_that_config_json_denies_is_refused(tmp_path: Path) -> N
     load_model_folder(tmp_path, ONE)
     save_file({**tensors, "lm_head.weight": tensors["shared.weight"] + 1}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is not shared\.weight"):
+        load_model_folder(tmp_path, ONE)
+
+
+def test_gates_that_config_json_denies_are_refused(tmp_path: Path) -> None:
+    save_model_folder(build_model(SECTIONS["v1.0"], ONE), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "is_gated_act": False}))
+    load_model_folder(tmp_path, ONE)
+    path.write_text(json.dumps({**config, "is_gated_act": True}))
+    with pytest.raises(CheckpointError, match="is_gated_act"):
         load_model_folder(tmp_path, ONE)

@@ -185,3 +185,22 @@ def test_what_cannot_be_computed_is_refused(rope: dict[str, Any], word: str, tmp
     (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
     with pytest.raises(CheckpointError, match=word):
         load_model_folder(tmp_path, ONE)
+
+
+def test_the_older_key_is_taken_where_both_are_there(tmp_path: Path) -> None:
+    """By them too: this is how people lengthen the context of a folder that transformers 5 has written."""
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["rope_scaling"] = {"type": "linear", "factor": 3.0}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    mine, section = load_model_folder(tmp_path, ONE)
+    assert section.rotary_scaling is not None and section.rotary_scaling.factor == 3.0
+    torch.testing.assert_close(our_logits(mine), logits_of(theirs), rtol=1e-4, atol=1e-4)
+    assert (logits_of(theirs) - logits_of(model)).abs().max() > 0.05
