@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from mlm_cli.checkpoint.manifest import MANIFEST, read_manifest
 from mlm_cli.checkpoint.megatron_folder import MegatronFiles, is_megatron_folder, open_megatron
 from mlm_cli.checkpoint.pickled import repack_pickled
 from mlm_cli.checkpoint.resolve import resolve_best
+from mlm_cli.checkpoint.weight_files import read_json
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
@@ -26,6 +28,8 @@ from mlm_cli.parallel.context import ParallelContext
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocab.txt", "*.model")
 _CARD, _GENERATION = "README.md", "generation_config.json"
+# Of a config.json: where a decoder begins and what ends a text belong to the weights, whatever the tokenizer says.
+_IDS = ("decoder_start_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,18 @@ class Source:
             now = str(dtype).removeprefix("torch.")
             text = re.sub(r"^\| weights \| \w+ \|$", f"| weights | {now} |", text, flags=re.MULTILINE)
             (target / _CARD).write_text(text, encoding="utf-8")
+        if not self.is_task:
+            self._carry_ids(target / "config.json")
+
+    def _carry_ids(self, target: Path) -> None:
+        theirs, ours = read_json(self.folder / "config.json"), read_json(target)
+        vocabulary = range(self.section.vocab_size or 0)
+        for key in _IDS:
+            value = theirs.get(key)
+            ids = value if isinstance(value, list) else [value]
+            if ids and all(type(number) is int and number in vocabulary for number in ids):
+                ours[key] = value
+        target.write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

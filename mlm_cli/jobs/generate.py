@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -10,14 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
+from mlm_cli.checkpoint.weight_files import read_json
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from mlm_cli.errors import UsageError
+from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.generation import prompts as prompt_sources
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.dialogue import Dialogue
@@ -146,8 +146,7 @@ def _decoder(request: GenerateRequest, folder: Path, model: Model) -> Decoder:
     """What runs the model, equal on all ranks."""
     rows = 1 if request.interactive else request.batch_size
     if isinstance(model, T5):
-        _, config = read_model_config(folder)
-        start = config.get("decoder_start_token_id", int, config.get("pad_token_id", int, 0))
+        start = _start_id(folder, model.config)
         return EncoderDecoder(model, rows, max_length=request.max_new_tokens + 1, start_id=start)
     assert isinstance(model, GPT)
     return Decoder(model, rows)
@@ -165,14 +164,28 @@ def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> 
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, and those the model's own generation settings name."""
+    """Ids that end a text: the tokenizer's, and those that the model's own settings name."""
     found = set() if tokenizer.eod_id is None else {tokenizer.eod_id}
-    settings = folder / "generation_config.json"
-    if settings.is_file():
-        with suppress(ValueError):
-            named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-            found.update(named if isinstance(named, list) else [] if named is None else [named])
+    named = _generation_settings(folder).get("eos_token_id")
+    found.update(number for number in (named if isinstance(named, list) else [named]) if type(number) is int)
     return frozenset(found)
+
+
+def _start_id(folder: Path, section: ModelSection) -> int:
+    """What a decoder begins with: as the model's settings say, and where they do not, T5's padding token."""
+    _, config = read_model_config(folder)
+    key = "decoder_start_token_id"
+    said = _generation_settings(folder).get(key)
+    start = said if type(said) is int else config.get(key, int, config.get("pad_token_id", int, 0))
+    if not 0 <= start < (section.vocab_size or 0):
+        raise CheckpointError(f"{config.where}: `{key}` is {start}, the model has {section.vocab_size} tokens")
+    return int(start)
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    """``generation_config.json``; of older models, which have none, ``config.json``, as transformers does."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else read_model_config(folder)[1].values
 
 
 def _prompts(request: GenerateRequest, encoder: PromptEncoder) -> Iterable[EncodedPrompt]:

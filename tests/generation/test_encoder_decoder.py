@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import transformers
 
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.config.requests import GenerateRequest
-from mlm_cli.errors import UsageError
+from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.generation.encoder_decoder import EncoderDecoder
 from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
 from mlm_cli.generation.prompts import Prompt
@@ -134,3 +136,43 @@ def test_the_command_ends_the_text_that_is_read(pair: Pair, capsys: Any) -> None
     assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
     with pytest.raises(UsageError, match="reads as a whole"):
         generate.run(GenerateRequest(str(pair.folder), interactive=True))
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_the_command_begins_and_ends_as_the_settings_say(
+    pair: Pair, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`config.json` where there is no other, as `transformers` reads older folders."""
+    folder = tmp_path / "model"
+    shutil.copytree(pair.folder, folder)
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / file).read_text())
+
+    def write(**changes: Any) -> None:
+        (folder / file).write_text(json.dumps({**settings, **changes}))
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[*tokenizer("The quick").input_ids, tokenizer.eos_token_id]])
+    command = GenerateRequest(str(folder), ("The quick",), temperature=0.0, max_new_tokens=12, format="json")
+    seen = set()
+    for start in (5, 77):
+        write(decoder_start_token_id=start, eos_token_id=1)
+        theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+        plain = theirs.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=[0, 1])[0, 1:].tolist()
+        last = max(plain)
+        for ends in ([1], [1, last]):
+            write(decoder_start_token_id=start, eos_token_id=ends)
+            kept = plain[: plain.index(last)] if last in ends else plain
+            assert generate.run(command) == 0
+            answer = json.loads(capsys.readouterr().out)
+            assert answer["text"] == tokenizer.decode([token for token in kept if token > 1])
+            seen.add(answer["text"])
+    assert len(seen) > 2
+    write(decoder_start_token_id=4000)
+    with pytest.raises(CheckpointError, match=r"`decoder_start_token_id` is 4000, the model has 400 tokens"):
+        generate.run(command)
+    if file == "generation_config.json":
+        (folder / file).write_text("{")
+        with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+            generate.run(command)

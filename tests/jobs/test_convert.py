@@ -333,3 +333,41 @@ def test_every_kind_of_task_is_carried_over(tmp_path: Path, name: str) -> None:
     assert convert(tmp_path / "in", tmp_path / "out", "--to", "hf") == 0
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what must be the same after the way through ours
+    "GPT2LMHeadModel": (
+        {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32},
+        {"resid_pdrop": 0.2, "attn_pdrop": 0.3, "eos_token_id": [0, 7]},
+    ),
+    "LlamaForCausalLM": (
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+        {"attention_dropout": 0.25, "eos_token_id": 5},
+    ),
+    "BertForMaskedLM": (
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+        {"hidden_dropout_prob": 0.15, "attention_probs_dropout_prob": 0.05},
+    ),
+    "T5ForConditionalGeneration": (
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+        {"dropout_rate": 0.3, "decoder_start_token_id": 9, "eos_token_id": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("to", ["hf", "mlm"])
+def test_settings_of_training_and_generation_stay(name: str, to: str, tmp_path: Path) -> None:
+    from tests.generation.folders import save_tokenizer
+
+    sizes, kept = SETTINGS[name]
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(vocab_size=400, **sizes, **kept))
+    model.save_pretrained(tmp_path / "theirs")
+    save_tokenizer(tmp_path / "theirs", TEXTS)
+    assert convert(tmp_path / "theirs", tmp_path / "out", "--to", to) == 0
+    inner = tmp_path / "out" / ("model" if to == "mlm" else "")
+    config = json.loads((inner / "config.json").read_text())
+    assert {key: config[key] for key in kept} == kept
+    if to == "mlm":
+        assert not find_damage(tmp_path / "out", read_manifest(tmp_path / "out"))
