@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+_RANK_LOST = 6  # DESIGN section 1
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,38 @@ def _supervised_store(rank: int, world_size: int, timeout_seconds: float) -> tor
         return None
     from torch.distributed import TCPStore
 
+    patience = timedelta(seconds=timeout_seconds)
     door = os.environ.pop("MLM_MASTER_FD", None)  # the store closes it: its number may soon be another file's
-    return TCPStore(
+    # A first rank that is stopped keeps the others waiting for its first word, whatever the timeout.
+    first = threading.Timer(timeout_seconds, _leave, args=(world_size, timeout_seconds))
+    first.daemon = True
+    if rank > 0:
+        first.start()
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=rank == 0,
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=patience,
+        wait_for_workers=False,
         master_listen_fd=int(door) if door is not None else None,
     )
+    first.cancel()
+    keys = [f"mlm-came-{number}" for number in range(world_size)]
+    store.set(keys[rank], "")
+    try:
+        store.wait(keys, patience)
+    except RuntimeError:
+        missing = ", ".join(str(number) for number, key in enumerate(keys) if not store.check([key]))
+        raise RuntimeError(f"timed out after {timeout_seconds:.0f} s: rank {missing} did not join") from None
+    return store
+
+
+def _leave(world_size: int, seconds: float) -> None:
+    """In place of a main thread that does not come back."""
+    sys.stderr.write(f"error: rank 0 of {world_size} did not join the others within {seconds:.0f} s\n")
+    sys.stderr.flush()
+    os._exit(_RANK_LOST)
 
 
 def shutdown() -> None:

@@ -38,6 +38,7 @@ from mlm_cli.jobs.training_parts import (
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    tell_of_hangs,
     watch_ranks,
 )
 from mlm_cli.models.heads import TaskModel, reads_first_token
@@ -84,9 +85,10 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
         recipe = _with_model(recipe, source, tokenizer)
         data = agree.all_succeed(lambda: read_task(task, tokenizer, recipe.model))
         with (
+            watch_ranks(recipe, parallel) as watchdog,
             open_session(_with_steps(recipe, task, batch, len(data.train)), stop) as session,
-            watch_ranks(session, parallel),
         ):
+            tell_of_hangs(watchdog, session)
             return _run(session, data, batch, parallel, source)
 
 

@@ -42,6 +42,7 @@ from mlm_cli.jobs.training_parts import (
     optimizer_settings,
     prepare_for_training,
     seed_everything,
+    tell_of_hangs,
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
@@ -76,10 +77,11 @@ def run(recipe: Recipe) -> int:
 
 
 def _run_ranks(recipe: Recipe, stop: StopFlag) -> int:
-    with joined(recipe) as parallel:
+    with joined(recipe) as parallel, watch_ranks(recipe, parallel) as watchdog:
         tokenizer = agree.all_succeed(lambda: load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None)
         batch = batch_arithmetic(recipe, parallel.world.size)
-        with open_session(fill_in(recipe, tokenizer, batch), stop) as session, watch_ranks(session, parallel):
+        with open_session(fill_in(recipe, tokenizer, batch), stop) as session:
+            tell_of_hangs(watchdog, session)
             return _run(session, tokenizer, batch, parallel)
 
 

@@ -17,7 +17,7 @@ from mlm_cli.config.schema import Recipe
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.jobs import pretrain
-from mlm_cli.jobs.training_parts import build_schedule, joined, policy_of
+from mlm_cli.jobs.training_parts import build_schedule, joined, policy_of, watch_ranks
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.training.identity import check_same_run
 from mlm_cli.training.loop import train
@@ -36,7 +36,6 @@ from mlm_cli.training.replay import (
     where_it_went_on,
 )
 from mlm_cli.training.stop import StopFlag
-from mlm_cli.training.watchdog import Watchdog, limit_waits
 
 
 def run(recipe: Recipe, request: ReplayRequest) -> tuple[Report, bool]:
@@ -47,10 +46,8 @@ def run(recipe: Recipe, request: ReplayRequest) -> tuple[Report, bool]:
         CheckpointError: the checkpoint to verify is damaged. One that cannot be reproduced is a report.
         NumericsError: the step is bad and the run's policy is to stop; layer, rank and samples are named.
     """
-    with joined(recipe) as parallel:
-        limit_waits(parallel, recipe.train.heartbeat)
-        with Watchdog(parallel.world.rank, parallel.world.size, recipe.train.heartbeat):
-            return _replay(recipe, request, parallel), parallel.world.rank == 0
+    with joined(recipe) as parallel, watch_ranks(recipe, parallel):
+        return _replay(recipe, request, parallel), parallel.world.rank == 0
 
 
 def check(report: Report) -> None:

@@ -29,7 +29,7 @@ from mlm_cli.training.monitor import Monitor
 from mlm_cli.training.numerics import Numerics, Policy
 from mlm_cli.training.schedule import Schedule
 from mlm_cli.training.session import Session
-from mlm_cli.training.watchdog import Watchdog, limit_waits
+from mlm_cli.training.watchdog import Watchdog, limit_waits, longest_wait
 
 _SLOW_DISK = 100e6  # bytes a second, hashing included: what the time limit keeps free for the last save
 # Settings of training and arithmetic that weights do not depend on: the recipe's, whatever the weights came with.
@@ -43,7 +43,7 @@ CONTEXT_KEYS = ("seq_length", "rotary_scaling")
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[ParallelContext]:
     """This process as a rank of its job, whose ranks are laid out as the recipe says; it leaves the job at the end."""
-    env = distributed.init()
+    env = distributed.init(timeout_seconds=longest_wait(recipe.train.heartbeat))
     if env.device.type == "cpu":
         keep_freed_memory()
     try:
@@ -147,15 +147,19 @@ def build_numerics(
     return Numerics(policy, rollback)
 
 
-def watch_ranks(session: Session, parallel: ParallelContext) -> Watchdog:
-    """The heartbeat of this rank; enter it as soon as the run folder is open."""
-    limit = session.recipe.train.heartbeat
-    limit_waits(parallel, limit)
+def watch_ranks(recipe: Recipe, parallel: ParallelContext) -> Watchdog:
+    """The heartbeat of this rank; enter it as soon as the ranks have met."""
+    limit_waits(parallel, recipe.train.heartbeat)
+    return Watchdog(parallel.world.rank, parallel.world.size, recipe.train.heartbeat)
+
+
+def tell_of_hangs(watchdog: Watchdog, session: Session) -> None:
+    """From now on ``status.json`` says so too when a rank hangs."""
 
     def on_hang(verdict: str) -> None:
         session.status.update("failed", exit_code=RankLostError.exit_code, message=verdict)
 
-    return Watchdog(parallel.world.rank, parallel.world.size, limit, on_hang=on_hang)
+    watchdog.on_hang = on_hang
 
 
 def build_monitor(

@@ -183,13 +183,18 @@ class Watchdog:
             self.leave(RankLostError.exit_code)
 
 
+def longest_wait(heartbeat_limit: float) -> float:
+    """Seconds that a collective, or the meeting of the ranks, may take."""
+    return max(60.0, 5 * heartbeat_limit) if heartbeat_limit > 0 else 1800.0
+
+
 def limit_waits(parallel: ParallelContext, heartbeat_limit: float) -> None:
     """No collective waits for half an hour: five times the heartbeat's limit ends it, should the watchdog be gone."""
     if heartbeat_limit <= 0 or parallel.world.size == 1:
         return
     import torch.distributed as dist
 
-    seconds = max(60.0, 5 * heartbeat_limit)
+    seconds = longest_wait(heartbeat_limit)
     axes = (parallel.tensor, parallel.data, parallel.pipeline, parallel.context, parallel.replicas)
     for group in (parallel.world, *axes):
         if group.handle is not None:

@@ -98,3 +98,25 @@ def test_a_rank_that_dies_ends_the_job_in_time(when: str, tmp_path: Path) -> Non
     act = f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
     code, err, seconds, _ = job(tmp_path, f"rank == 1 and {when}", act, parallel={"tensor": 2}, evaluate__every=3)
     assert code == 6 and seconds < 15 and "rank 1 of 2 was lost" in err and "SIGKILL" in err, err
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_never_joins_ends_the_job(late: int, tmp_path: Path) -> None:
+    """It stops before the ranks have met, when nothing watches them yet."""
+    body = f"""
+    import os, signal, sys
+    from mlm_cli import distributed
+    from mlm_cli.cli.failures import exit_code_of
+    if os.environ["RANK"] == "{late}":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        distributed.init(timeout_seconds=5)
+    except Exception as error:
+        sys.exit(exit_code_of(error, []))
+    """
+    (tmp_path / "rank.py").write_text(textwrap.dedent(body))
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    code = f"import sys; from mlm_cli.launch.local import run_local; sys.exit(run_local({command!r}, 2))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 6 and f"rank {late}" in done.stderr and "did not join" in done.stderr, done.stderr
