@@ -15,7 +15,7 @@ import torch
 
 from mlm_cli.checkpoint import hub_read, megatron_read
 from mlm_cli.checkpoint.hub_write import check_vocabulary
-from mlm_cli.checkpoint.manifest import MANIFEST, read_manifest
+from mlm_cli.checkpoint.manifest import MANIFEST, check_weights, read_manifest
 from mlm_cli.checkpoint.megatron_folder import MegatronFiles, is_megatron_folder, open_megatron
 from mlm_cli.checkpoint.pickled import repack_pickled
 from mlm_cli.checkpoint.resolve import resolve_best
@@ -127,6 +127,8 @@ def open_source(
             f"model.{next(iter(given))} is known from {found / 'config.json'}",
             hint="model.* keys are for files of Megatron-LM",
         )
+    if scratch is not None:
+        check_weights(found)  # else the copy's own manifest would vouch for the damage
     folder = _repacked(found, scratch) if from_pickle and scratch is not None else found
     section, config = hub_read.read_model_config(folder)
     words = _tokenizer(tokenizer, found)

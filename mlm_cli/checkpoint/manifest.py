@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,22 @@ def find_damage(folder: Path, manifest: Manifest, *, part: int = 0, parts: int =
         if found != manifest.files[name].sha256:
             damage.append(f"{name} has another sha256 than when it was written")
     return damage
+
+
+def check_weights(model: Path) -> None:
+    """Compare the weights in ``model/`` of a checkpoint with the manifest beside it, where there is one.
+
+    The texts there (its card, a ``config.json``) are the user's to edit.
+
+    Raises:
+        CheckpointError: a file is missing or not what was written.
+    """
+    if model.name != "model" or not (model.parent / MANIFEST).is_file():
+        return
+    manifest = read_manifest(model.parent)
+    files = {name: record for name, record in manifest.files.items() if re.fullmatch(r"model/.*\.safetensors", name)}
+    damage = find_damage(model.parent, replace(manifest, files=files))
+    if damage:
+        raise CheckpointError(
+            f"{model.parent} is damaged: {'; '.join(damage)}", hint="use an earlier checkpoint, or a copy of this one"
+        )

@@ -16,6 +16,7 @@ from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, resolve_model
 from mlm_cli.checkpoint.load import load_state
+from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.save import Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic
@@ -254,6 +255,7 @@ def _build_model(
 ) -> tuple[TaskModel, RandomStreams]:
     """The model in float32, with the weights in ``source``; None: unfilled, a checkpoint will fill it."""
     if source is not None:
+        agree.on_rank_zero(lambda: check_weights(source))
         changes, spec = free_settings(recipe.model), data.task.head
         model = agree.all_succeed(lambda: start_task_model(source, parallel, spec, seed=recipe.seed, changes=changes))
     else:

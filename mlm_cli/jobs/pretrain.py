@@ -21,6 +21,7 @@ from mlm_cli.checkpoint.hub import (
     save_model_folder,
 )
 from mlm_cli.checkpoint.load import load_state
+from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
@@ -259,6 +260,7 @@ def _build_model(
     """The model in float32: the engine keeps these bits as masters and rounds its own copy."""
     if fresh and recipe.init_from is not None:
         init_from = recipe.init_from
+        agree.on_rank_zero(lambda: check_weights(resolve_model(init_from)))
         model = agree.all_succeed(lambda: _start_from(init_from, recipe, parallel))
     else:
         model = build_model(recipe.model, parallel, dtype=torch.float32, seed=recipe.seed, init=fresh)

@@ -162,7 +162,7 @@ def test_pickled_weights_are_never_read(folder: Path) -> None:
     assert "pytorch_model.bin" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\ufffe"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\ufffe", "[" * 100_000], ids=range(5))
 def test_config_that_is_no_json_object(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-16") if text == "\ufffe" else text.encode())
     assert "config.json" in refusal(folder)

@@ -228,6 +228,26 @@ def test_classifiers_keep_their_head(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no place for its head" in capsys.readouterr().err
 
 
+def test_damage_is_not_copied(source: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit that no format check can see: the new manifest would vouch for it."""
+    assert convert(source[0], tmp_path / "run", "--to", "mlm") == 0
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    (tmp_path / "ft.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    task = f"{{name: classification, train: {tmp_path}/ft.tsv, dev: {tmp_path}/ft.tsv}}"
+    recipe = f"init_from: {tmp_path}/run\ntask: {task}\ntrain: {{steps: 1}}\n"
+    (tmp_path / "ft.yaml").write_text(recipe + f"output: {tmp_path}/ft\n")
+    for command in (
+        ["convert", f"{tmp_path}/run", f"{tmp_path}/out", "--to", "hf"],
+        ["finetune", f"{tmp_path}/ft.yaml"],
+    ):
+        assert mlm(command) == 4
+        assert "model/model.safetensors has another sha256" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_write_nothing(source: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = source
     (tmp_path / "taken").mkdir()
