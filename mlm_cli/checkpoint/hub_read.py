@@ -98,9 +98,11 @@ def load_model_folder(
             )
         layout = key_map_of(section, config)
         # Before any memory is taken: a config.json of another model may ask for a hundred times more than there is.
-        shapes = build_model(
-            section, replace(parallel, device=torch.device("meta")), dtype=dtype, init=False, head=head
-        )
+        try:
+            meta = replace(parallel, device=torch.device("meta"))
+            shapes = build_model(section, meta, dtype=dtype, init=False, head=head)
+        except RuntimeError as error:  # a size beyond what 64 bits count
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
         _check(shapes, files, layout, num_positions)
         model = build_model(section, parallel, dtype=dtype, init=False, head=head)
         _fill(model, files, layout, set() if head else head_tensors(config, files), num_positions, on_bytes)

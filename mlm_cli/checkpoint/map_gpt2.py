@@ -11,6 +11,13 @@ from mlm_cli.config.shapes import ffn_hidden_size
 
 MODEL_TYPE = "gpt2"
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
+# transformers takes these too, and before its own where both are there.
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 # Heads of pretraining and of tasks: what a model without its head leaves to the task.
 HEADS = re.compile(r"(lm_head|score)\.weight|(classifier|qa_outputs)\.(weight|bias)")
 TASK_HEADS = {
@@ -32,6 +39,8 @@ def read_config(config: ConfigReader) -> ModelSection:
         config.refuse_unless(key, lambda value: not value, "the model would compute something else")
     config.refuse_unless("scale_attn_weights", bool, "scores are always scaled by 1/sqrt(head size)")
     config.refuse_unless("activation_function", _ACTIVATIONS.__contains__, f"known are {', '.join(_ACTIVATIONS)}")
+    for other, key in _OTHER_NAMES.items():
+        config.refuse_unless(other, lambda value, key=key: value == config.values.get(key, value), f"`{key}` differs")
     own = config.get("mlm", dict, {})
     return config.section(
         num_layers=config.get("n_layer", int),

@@ -75,6 +75,8 @@ def refusal(folder: Path) -> str:
         ({"n_head": 17}, ["17 attention heads", "16"]),
         # of another model: what is there is compared before memory for what is asked for is taken
         ({"vocab_size": 10**12}, ["transformer.wte.weight", "[50, 16]", f"[{10**12}, 16]"]),
+        ({"n_embd": 10**12}, ["config.json"]),
+        ({"num_attention_heads": 4}, ["num_attention_heads: 4", "n_head"]),
         ({"n_inner": 10**12}, ["transformer.h.0.mlp.c_fc.weight", "[16, 64]", f"[16, {10**12}]"]),
         ({"n_positions": 10**12}, ["transformer.wpe.weight", "[8, 16]"]),
         ({"n_layer": 10**12}, [f"{10**12} layers", "model.safetensors holds 16 tensors"]),
