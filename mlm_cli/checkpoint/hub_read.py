@@ -15,7 +15,7 @@ from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert,
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.config.shapes import check_slices, head_dim, num_decoder_layers
+from mlm_cli.config.shapes import check_slices, crossed_ramp, head_dim, num_decoder_layers
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
@@ -47,6 +47,8 @@ def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
     if head_dim(section) < 1:
         heads, width = section.num_attention_heads, section.hidden_size
         raise CheckpointError(f"{where}: {heads} attention heads do not fit into a width of {width}")
+    if section.rotary_scaling is not None and (crossed := crossed_ramp(section.rotary_scaling)) is not None:
+        raise CheckpointError(f"{where}: `{crossed[0]}` of the rotary positions is not above `{crossed[1]}`")
     return section, config
 
 

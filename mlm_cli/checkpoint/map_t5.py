@@ -34,11 +34,11 @@ def read_config(config: ConfigReader) -> ModelSection:
     in ``scale_decoder_outputs``, and an output layer of its own is then one that differs from the words.
     """
     config.refuse_unless("feed_forward_proj", _ACTIVATIONS.__contains__, f"known are {', '.join(_ACTIVATIONS)}")
-    said = config.get("feed_forward_proj", str, "relu").removeprefix("gated-")
+    form = config.get("feed_forward_proj", str, "relu")
+    said, gated = form.removeprefix("gated-"), form.startswith("gated-")
     config.refuse_unless(  # transformers derives it from the other, unless a folder says otherwise
         "dense_act_fn", (said, "gelu_new" if said == "gelu" else said).__contains__, "feed_forward_proj names another"
     )
-    gated = config.get("feed_forward_proj", str, "relu").startswith("gated-")
     config.refuse_unless("is_gated_act", lambda value: bool(value) == gated, "feed_forward_proj says otherwise")
     config.refuse_unless("is_encoder_decoder", bool, "only whole models, with encoder and decoder")
     layers = config.get("num_layers", int)
@@ -59,7 +59,7 @@ def read_config(config: ConfigReader) -> ModelSection:
         relative_max_distance=config.get("relative_attention_max_distance", int, 128),
         norm="rmsnorm",
         norm_eps=config.get("layer_norm_epsilon", (int, float), 1e-6),
-        activation=_ACTIVATIONS[config.get("feed_forward_proj", str, "relu")],
+        activation=_ACTIVATIONS[form],
         bias=False,
         tie_embeddings=config.get("scale_decoder_outputs", bool, tied),
         hidden_dropout=dropout,

@@ -40,8 +40,6 @@ def read_rope(config: ConfigReader) -> dict[str, Any]:
         scaling["attention_factor"] = _attention_factor(config, rope, factor)
     if kind == "llama3":
         scaling |= {key: _number(config, rope, key, None) for key in _LLAMA3}
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise CheckpointError(f"{config.where}: `low_freq_factor` is not below `high_freq_factor`")
     own = config.get("mlm", dict, {}).get("seq_length")
     seq_length = own if kind == "dynamic" and isinstance(own, int) and own >= length else length
     return {"seq_length": seq_length, "rotary_base": base, "rotary_scaling": scaling}

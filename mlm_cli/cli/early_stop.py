@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mlm_cli import log
+from mlm_cli.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Python itself raises KeyboardInterrupt for SIGINT
-EXIT_REQUEUE = 75
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def leaving() -> Iterator[None]:
             f"{signal.Signals(number).name}: stopped before there was anything to save; give the same command again"
         )
         sys.stderr.flush()
-        os._exit(EXIT_REQUEUE)
+        os._exit(StoppedError.exit_code)
 
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import ModelSection, Recipe
-from mlm_cli.config.shapes import decoder_seq_length, is_sparse
+from mlm_cli.config.shapes import crossed_ramp, decoder_seq_length, is_sparse
 
 # keys of the model section that one family alone understands, and what they are when nobody has set them
 _OF_ONE_FAMILY = {
@@ -98,19 +98,14 @@ def _attention(model: ModelSection) -> Iterator[Mistake]:
             f"`model.rotary_scaling` scales rotary positions, and `model.position` is {model.position}",
             "use `model.rotary_scaling=null`",
         )
-    scaling = model.rotary_scaling
-    if scaling is not None and scaling.type in _RAMPS:
-        fast, slow = _RAMPS[scaling.type]
-        high, low = getattr(scaling, fast), getattr(scaling, slow)
-        if high <= low:
-            yield Mistake(
-                (f"model.rotary_scaling.{fast}", f"model.rotary_scaling.{slow}"),
-                f"`model.rotary_scaling.{fast}` {high:g} must be above `{slow}` {low:g}",
-                "leave both out",
-            )
-
-
-_RAMPS = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "low_freq_factor")}
+    if model.rotary_scaling is not None and (crossed := crossed_ramp(model.rotary_scaling)) is not None:
+        fast, slow = crossed
+        high, low = getattr(model.rotary_scaling, fast), getattr(model.rotary_scaling, slow)
+        yield Mistake(
+            (f"model.rotary_scaling.{fast}", f"model.rotary_scaling.{slow}"),
+            f"`model.rotary_scaling.{fast}` {high:g} must be above `{slow}` {low:g}",
+            "leave both out",
+        )
 
 
 def _experts(model: ModelSection) -> Iterator[Mistake]:

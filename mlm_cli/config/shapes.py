@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.schema import ModelSection, RotaryScalingSection
 from mlm_cli.errors import UsageError
 
 Rules = Callable[[ModelSection], dict[str, bool]]  # what an outside layout asks of a model section, and is it so
@@ -65,6 +65,15 @@ def ffn_hidden_size(model: ModelSection) -> int:
 def is_sparse(model: ModelSection) -> bool:
     """True where a query of self-attention sees the keys of a pattern only."""
     return model.attention.pattern not in (None, "dense")
+
+
+_RAMPS = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "low_freq_factor")}
+
+
+def crossed_ramp(scaling: RotaryScalingSection) -> tuple[str, str] | None:
+    """The keys of the two ends of a ramp where the upper one is not above the lower one; None where all is well."""
+    fast, slow = _RAMPS.get(scaling.type, ("", ""))
+    return (fast, slow) if fast and getattr(scaling, fast) <= getattr(scaling, slow) else None
 
 
 def written_out(model: ModelSection) -> ModelSection:

@@ -167,13 +167,12 @@ def _check_layout(found: Found, parallel: ParallelContext, ran: Recipe, recipe: 
             "only they give the same bits",
             hint="keep the parallel section" if here else f"add `--nproc {wrote['world']}`",
         )
-    keys = ("parallel.zero", "parallel.sequence", "train.engine")
-    for (section, name), key in zip((key.split(".") for key in keys), keys, strict=True):
+    for section, name in (("parallel", "zero"), ("parallel", "sequence"), ("train", "engine")):
         then, now = (str(getattr(getattr(one, section), name)).lower() for one in (ran, recipe))
         if then != now:
             raise UsageError(
-                f"{found.folder} was written with {key}={then}; only the same gives the same bits",
-                hint=f"leave out `{key}={now}`",
+                f"{found.folder} was written with {section}.{name}={then}; only the same gives the same bits",
+                hint=f"leave out `{section}.{name}={now}`",
             )
 
 

@@ -82,10 +82,15 @@ def build_info(
     rotary = table.at(positions, dtype) if table is not None else None
     start = cache.start if cache is not None else None
     runs = None
-    if not sparse and start is None and tokens.is_cpu and dtype == torch.float32:
+    if not sparse and start is None and _knows_runs(tokens, dtype):
         runs = ops.runs_of_keys(length, offset + length, causal=True, offset=offset, segments=segments)
     segments = segments if sparse else None
     return SequenceInfo(positions, rotary, visible, offset, segments=segments, start=start, runs=runs)
+
+
+def _knows_runs(tokens: Tensor, dtype: torch.dtype) -> bool:
+    """Would attention use them? Not in a step of decoding, which must not pay for them."""
+    return tokens.is_cpu and dtype == torch.float32 and tokens.shape[1] >= ops.FEWEST_QUERIES
 
 
 def document_mask(segments: Tensor) -> Tensor:
@@ -128,9 +133,7 @@ def encoder_info(
     if lengths is not None and not (lengths.is_cpu and int(lengths.min()) == length):
         visible = (positions < lengths[:, None])[:, None, None]
     rotary = table.at(positions, dtype) if table is not None else None
-    runs = None
-    if tokens.is_cpu and dtype == torch.float32:
-        runs = ops.runs_of_keys(length, length, causal=False, visible=visible)
+    runs = ops.runs_of_keys(length, length, causal=False, visible=visible) if _knows_runs(tokens, dtype) else None
     return SequenceInfo(positions, rotary, visible, causal=False, token_types=token_types, runs=runs)
 
 

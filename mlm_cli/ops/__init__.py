@@ -16,7 +16,7 @@ from mlm_cli.ops.collective import serves_shared_memory, shared_all_gather_, sha
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import DecodeStep, serves_decode_step
 from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
-from mlm_cli.ops.intervals import interval_attention, pays_over_dense, runs_of_keys, serves_intervals
+from mlm_cli.ops.intervals import FEWEST_QUERIES, interval_attention, pays_over_dense, runs_of_keys, serves_intervals
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
 from mlm_cli.ops.registry import status
@@ -25,6 +25,7 @@ from mlm_cli.ops.sparse_attention import sparse_attention
 from mlm_cli.ops.sparse_pattern import SparsePattern
 
 __all__ = [
+    "FEWEST_QUERIES",
     "DecodeStep",
     "SparsePattern",
     "adamw_",

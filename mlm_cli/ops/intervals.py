@@ -12,7 +12,7 @@ if registry.cpu_loaded:
     from mlm_cli.ops import kernels
 
 # Fewer queries do not pay for packing the keys that they see.
-_MIN_QUERIES = 64
+FEWEST_QUERIES = 64
 _MIN_HEADS = 4
 _LONGEST_RUN = 4096
 
@@ -41,7 +41,7 @@ def interval_attention(query: Tensor, key: Tensor, value: Tensor, begin: Tensor,
 
 def serves_intervals(query: Tensor) -> bool:
     """True where the kernel takes such queries, and they are enough to pay for packing the keys."""
-    return query.shape[2] >= _MIN_QUERIES and _has_kernel(query)
+    return query.shape[2] >= FEWEST_QUERIES and _has_kernel(query)
 
 
 def pays_over_dense(query: Tensor, key: Tensor, runs: Runs) -> bool:

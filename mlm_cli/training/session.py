@@ -82,10 +82,10 @@ def open_session(recipe: Recipe, stop: StopFlag | None = None) -> Iterator[Sessi
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopFlag().listening())
         agree.on_rank_zero(lambda: stack.enter_context(run.lock()))
-        before = agree.on_rank_zero(lambda: _prepare(run, recipe))
-        found = _find(run, recipe, again=before == recipe)
-        if found is not None and before is not None:
-            for change in check_same_run(before, recipe, str(run)):
+        same, changes = agree.on_rank_zero(lambda: _prepare(run, recipe))
+        found = _find(run, recipe, again=same)
+        if found is not None:
+            for change in changes:
                 log.info(f"continuing with a changed recipe: {change}")
         status = Status(run, steps=recipe.train.steps, active=writes)
         try:
@@ -111,12 +111,16 @@ def open_session(recipe: Recipe, stop: StopFlag | None = None) -> Iterator[Sessi
 _MEMORY_HINT = "lower train.micro_batch_size, set train.recompute=full, or slice the model with parallel.tensor"
 
 
-def _prepare(run: RunFolder, recipe: Recipe) -> Recipe | None:
-    """Rank 0, under the lock: tidy up, and compare with the recipe of the checkpoints here, which is returned."""
+def _prepare(run: RunFolder, recipe: Recipe) -> tuple[bool, list[str]]:
+    """Rank 0, under the lock: tidy up, and compare with the recipe of the checkpoints here.
+
+    Returns:
+        Whether it is the very same; the changes worth saying.
+    """
     run.remove_leftovers()
     steps = run.steps()
     if not steps:
-        return None
+        return False, []
     if recipe.checkpoint.resume == "never":
         raise UsageError(
             f"{run} holds checkpoints up to step {steps[-1]} and checkpoint.resume is `never`",
@@ -127,8 +131,7 @@ def _prepare(run: RunFolder, recipe: Recipe) -> Recipe | None:
             f"{run} holds checkpoints but no recipe.yaml", hint="choose another folder with --output, or restore it"
         )
     before = resolve_recipe(str(run.recipe))
-    check_same_run(before, recipe, str(run))
-    return before
+    return before == recipe, check_same_run(before, recipe, str(run))
 
 
 def _find(run: RunFolder, recipe: Recipe, *, again: bool) -> Found | None:

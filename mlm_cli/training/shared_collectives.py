@@ -18,16 +18,16 @@ class SharedCollectives:
 
     def __init__(self, backend: Any, group: Group) -> None:
         assert group.shared is not None
-        self._backend, self._handle, self._shared = backend, group.handle, group.shared
+        from deepspeed.comm import ReduceOp
+
+        self._backend, self._handle, self._shared, self._sum = backend, group.handle, group.shared, ReduceOp.SUM
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-        from deepspeed.comm import ReduceOp
-
-        op = ReduceOp.SUM if op is None else op
-        if group is self._handle and op == ReduceOp.SUM and not async_op and self._shared.takes(tensor):
+        op = self._sum if op is None else op
+        if group is self._handle and op == self._sum and not async_op and self._shared.takes(tensor):
             self._shared.sum_(tensor)
             return None
         return self._backend.all_reduce(tensor, op, group, async_op)

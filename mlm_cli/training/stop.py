@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from mlm_cli.config.durations import parse_duration
+from mlm_cli.errors import StoppedError
 from mlm_cli.parallel.context import ParallelContext
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 _MARGIN = 2.0  # seconds for leaving
 
@@ -136,4 +136,4 @@ class StopFlag:
 
 
 def exit_code(cause: Cause) -> int:
-    return EXIT_INTERRUPTED if cause is signal.SIGINT else EXIT_REQUEUE
+    return EXIT_INTERRUPTED if cause is signal.SIGINT else StoppedError.exit_code

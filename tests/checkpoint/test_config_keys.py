@@ -15,24 +15,17 @@ from torch import Tensor
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.errors import CheckpointError
 from mlm_cli.parallel.context import ParallelContext
+from tests.checkpoint.their_sizes import THEIR_SIZES
 
 transformers = pytest.importorskip("transformers")
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 24,
-}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "vocab_size": 101}
 T5 = {"vocab_size": 101, "d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {**GPT2, "bos_token_id": 0, "eos_token_id": 0},
-    "LlamaForCausalLM": {**COMMON, "bos_token_id": 0, "eos_token_id": 0},
-    "BertForMaskedLM": COMMON,
-    "MegatronBertForMaskedLM": COMMON,
+    "LlamaForCausalLM": {**THEIR_SIZES, "bos_token_id": 0, "eos_token_id": 0},
+    "BertForMaskedLM": THEIR_SIZES,
+    "MegatronBertForMaskedLM": THEIR_SIZES,
     "T5ForConditionalGeneration": {**T5, "decoder_start_token_id": 0},
 }
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")

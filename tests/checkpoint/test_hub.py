@@ -19,6 +19,7 @@ from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
+from tests.checkpoint.their_sizes import THEIR_SIZES
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,14 +83,7 @@ def ours(kind: str) -> GPT:
 
 def theirs(kind: str) -> Any:
     family, settings = THEIRS[kind]
-    base = GPT2 if family == "GPT2" else {
-        "vocab_size": 101,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 24,
-    }  # fmt: skip
+    base = GPT2 if family == "GPT2" else THEIR_SIZES
     config = getattr(transformers, f"{family}Config")(**{**base, **settings}, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(1)
     model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else "LlamaForCausalLM")(config)

@@ -15,18 +15,11 @@ from mlm_cli.errors import CheckpointError
 from mlm_cli.models.bert import Bert
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
+from tests.checkpoint.their_sizes import THEIR_SIZES
 
 transformers = pytest.importorskip("transformers")
 
 ONE = ParallelContext.single()
-BASE: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 24,
-}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForPreTraining", {}),
     "bert words": ("BertForMaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3}),
@@ -107,7 +100,7 @@ def test_transformers_opens_ours(kind: str, tmp_path: Path) -> None:
 def test_we_open_theirs(kind: str, tmp_path: Path) -> None:
     name, settings = THEIRS[kind]
     cls = getattr(transformers, name)
-    theirs = cls(cls.config_class(**{**BASE, **settings})).eval()
+    theirs = cls(cls.config_class(**{**THEIR_SIZES, **settings})).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, section = load_model_folder(tmp_path / "theirs", ONE)
@@ -128,7 +121,7 @@ def test_we_open_theirs(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["bert.", ""])
 def test_models_of_the_original(name: str, prefix: str, tmp_path: Path) -> None:
     """google-bert/bert-base-uncased: norms are `gamma` and `beta`, and both heads there, whatever class is named."""
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(**BASE)).eval()
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**THEIR_SIZES)).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -151,7 +144,7 @@ def test_models_of_the_original(name: str, prefix: str, tmp_path: Path) -> None:
 
 
 def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
-    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**BASE))
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**THEIR_SIZES))
     shake(theirs)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -166,8 +166,9 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(dim: int, trained: int) -
         ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}, "low_freq_factor"),
         (
             {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
-            "not below",
+            "`high_freq_factor` of the rotary positions is not above `low_freq_factor`",
         ),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 1, "beta_slow": 32}, "is not above"),
         ({"rope_type": "longrope", "rope_theta": 1e4}, "longrope"),
         ({"rope_type": "linear", "rope_theta": 1e4}, "factor"),
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}, "factor"),

@@ -23,8 +23,9 @@ from tests.checkpoint import megatron_oracle_files as megatron
 from tests.checkpoint.bert_in_slices import read_and_write
 from tests.checkpoint.megatron_bert_oracle import attention_hidden
 from tests.checkpoint.test_hub import ONE
-from tests.checkpoint.test_hub_bert import BASE, THEIRS, check_equal, open_theirs, their_class, their_output
+from tests.checkpoint.test_hub_bert import THEIRS, check_equal, open_theirs, their_class, their_output
 from tests.checkpoint.test_megatron import with_vocabulary
+from tests.checkpoint.their_sizes import THEIR_SIZES
 from tests.jobs.test_convert import convert
 
 transformers = pytest.importorskip("transformers")
@@ -40,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, (name, settings) in THEIRS.items():
         cls = getattr(transformers, name)
         torch.manual_seed(1)
-        model = cls(cls.config_class(**{**BASE, **settings})).eval()
+        model = cls(cls.config_class(**{**THEIR_SIZES, **settings})).eval()
         shake(model)
         made[kind] = tmp_path_factory.mktemp("theirs") / kind
         model.save_pretrained(made[kind])
