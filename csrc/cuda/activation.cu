@@ -1,6 +1,6 @@
 // CUDA operators: bias_gelu, swiglu and their backward.
+#include "column_sums.cuh"
 #include "kernels/activation.cuh"
-#include "kernels/norm.cuh"  // column_sums
 #include "launch.cuh"
 
 namespace mlm::cuda {
@@ -15,7 +15,7 @@ Tiles row_tiles(int64_t rows, int64_t width, int pack) {
   int64_t x = power_of_two_above(packs);
   x = x < 32 ? 32 : x > 256 ? 256 : x;
   const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(256 / x));
-  const int64_t wanted = row_blocks(rows, block), room = int64_t{num_processors()} * 32;
+  const int64_t wanted = row_blocks(rows, block), room = int64_t{num_processors()} * 256;
   return {dim3(static_cast<unsigned>(wanted < room ? wanted : room)), block};
 }
 
@@ -82,13 +82,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor grad, Tensor x, MaybeTensor
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (!bias) return {dx, nothing(in)};
   Tensor dbias = new_tensor({shape.width}, bias->scalar_type(), in);
-  if (shape.width > 0)
-    by_dtype(bias->scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      MLM_LAUNCH((column_sums_kernel<T>), static_cast<unsigned>((shape.width + 31) / 32), dim3(32, 8), 0, device.stream(),
-                 static_cast<const float*>(a.dbias), static_cast<T*>(pointer(dbias)), lines, shape.width);
-    });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  ColumnSums sums{{static_cast<const float*>(a.dbias)}, {pointer(dbias)}, {param(*bias).type}, lines, shape.width};
+  if (shape.width > 0) launch_column_sums(sums, 1, device);
   return {dx, dbias};
 }
 

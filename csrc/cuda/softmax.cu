@@ -7,6 +7,11 @@
 namespace mlm::cuda {
 namespace {
 
+// Columns are counted in 32 bits in the kernels.
+void check_keys(const char* op, int64_t keys) {
+  MLM_CHECK(keys < (int64_t{1} << 28), op, "rows of ", keys, " keys; a kernel takes fewer than 2^28");
+}
+
 std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const Tensor& scores, double scale,
                                        double dropout, const MaybeTensor& seed) {
   check_cuda_dtype(op, "scores", scores);
@@ -16,6 +21,7 @@ std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const 
   a.dropout = dropout_of(op, dropout, seed);
   Tensor out = new_like(x), probs = a.dropout.threshold ? new_like(x) : nothing(x);
   if (shape.rows == 0) return {out, probs};
+  check_keys(op, shape.width);
   a.x = pointer(x);
   a.out = pointer(out);
   a.probs = a.dropout.threshold ? pointer(probs) : nullptr;
@@ -25,15 +31,19 @@ std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const 
   a.causal.queries = x.dim() >= 2 ? x.size(x.dim() - 2) : 1;
   by_pack(x.scalar_type(), aligned(x, shape.width, a.x, a.out, a.probs), [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = softmax_forward_packs(N);
-    const Geometry g = row_geometry(shape.width, N, kMost, 1024);
-    if (g.packs == 0) {
-      MLM_LAUNCH((softmax_forward_wide_kernel<T, N>), static_cast<unsigned>(shape.rows), 1024, 0, device.stream(), a);
-      return;
-    }
-    by_packs<N, kMost>(g.packs, [&](auto k) {
-      constexpr int K = decltype(k)::value;
-      MLM_LAUNCH((softmax_forward_kernel<T, N, K>), row_blocks(shape.rows, g.block), g.block, 0, device.stream(), a);
+    constexpr int N = decltype(n)::value;
+    by_form<N>(softmax_form(a, N), [&](auto f) {
+      constexpr int kForm = decltype(f)::value;
+      constexpr Share share = softmax_forward_share(N, kForm);
+      const Geometry g = row_geometry(shape.width, N, share);
+      if (g.packs == 0) {
+        MLM_LAUNCH((softmax_forward_wide_kernel<T, N, kForm>), static_cast<unsigned>(shape.rows), 1024, 0, device.stream(), a);
+        return;
+      }
+      by_packs<N, share.most>(g.packs, [&](auto k) {
+        constexpr int K = decltype(k)::value;
+        MLM_LAUNCH((softmax_forward_kernel<T, N, K, kForm>), row_blocks(shape.rows, g.block), g.block, 0, device.stream(), a);
+      });
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -83,6 +93,7 @@ Tensor softmax_backward(Tensor grad, Tensor probs, MaybeTensor seed, double scal
   const OnDevice device(p);
   Tensor dx = new_like(p);
   if (shape.rows == 0) return dx;
+  check_keys(op, shape.width);
   SoftmaxBackward a{};
   a.grad = pointer(g);
   a.probs = pointer(p);
@@ -95,13 +106,14 @@ Tensor softmax_backward(Tensor grad, Tensor probs, MaybeTensor seed, double scal
   a.dropout = dropout_of(op, dropout, seed);
   by_pack(p.scalar_type(), aligned(p, shape.width, a.grad, a.probs, a.dx), [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = softmax_backward_packs(N);
-    const Geometry geometry = row_geometry(shape.width, N, kMost, 1024);
+    constexpr int N = decltype(n)::value;
+    constexpr Share share = softmax_backward_share(N);
+    const Geometry geometry = row_geometry(shape.width, N, share);
     if (geometry.packs == 0) {
-      MLM_LAUNCH((softmax_backward_kernel<T, N, 0>), static_cast<unsigned>(shape.rows), 1024, 0, device.stream(), a);
+      MLM_LAUNCH((softmax_backward_wide_kernel<T, N>), static_cast<unsigned>(shape.rows), 1024, 0, device.stream(), a);
       return;
     }
-    by_packs<N, kMost>(geometry.packs, [&](auto k) {
+    by_packs<N, share.most>(geometry.packs, [&](auto k) {
       constexpr int K = decltype(k)::value;
       MLM_LAUNCH((softmax_backward_kernel<T, N, K>), row_blocks(shape.rows, geometry.block), geometry.block, 0, device.stream(), a);
     });

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_stats(Tensor logits, Tensor lab
   a.target = static_cast<float*>(pointer(target));
   by_pack(logits.scalar_type(), aligned(logits, a.stride, a.logits), [&](auto t, auto n) {
     MLM_LAUNCH((cross_entropy_stats_kernel<decltype(t), decltype(n)::value>), static_cast<unsigned>(logits.size(0)),
-               a.width > 4096 ? 1024 : 256, 0, device.stream(), a);
+               256, 0, device.stream(), a);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {maximum, sum, target};

@@ -62,7 +62,7 @@ def _close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(got, want.to(got.dtype), rtol=loose, atol=loose * scale)
 
 
-WIDTHS = [1, 5, 64, 129, 256, 1000, 2048, 4096, 8192, 8200, 36864]
+WIDTHS = [1, 5, 64, 129, 256, 1000, 2048, 4096, 8192, 8200, 16384, 36864]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,16 +97,14 @@ def test_norms(emulated: ctypes.CDLL, kind: str, width: int, dtype: torch.dtype)
     _close(out, want, 4)
     torch.testing.assert_close(rstd, want_rstd, rtol=1e-4, atol=1e-5)
 
-    emulated.norm_backward_rows_per_block.restype = ctypes.c_int64
-    emulated.norm_backward_rows_per_block.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-    per_block = emulated.norm_backward_rows_per_block(DTYPES[dtype], int(_aligned(x)), width)
-    lines = min(2, -(-rows // per_block))
+    lines = 2  # of one row or more each
     partials = [torch.full((lines, width), 7.0) for _ in range(3)]
+    terms = torch.full((rows, 2), 7.0)
     source = total if is_residual else x
     _call(
         emulated.norm_backward, ctypes.c_int(DTYPES[dtype]), _aligned(x), grad, grad_total if is_residual else None,
         source, weight, want_mean, want_rstd, dx, dbranch if is_residual else None, partials[0],
-        None if rms else partials[1], partials[2] if is_residual else None, rows, width, lines, seed, p,
+        None if rms else partials[1], partials[2] if is_residual else None, terms, rows, width, lines, seed, p,
     )  # fmt: skip
     sums = [torch.full((width,), 7.0) for _ in range(3)]
     for partial, column in zip(partials, sums, strict=True):

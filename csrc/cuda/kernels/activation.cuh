@@ -16,8 +16,10 @@ struct Activation {
   int64_t rows_per_block;
 };
 
-// The clamp keeps inf / inf out: beyond 80 the result is below 2e-35.
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(x < -80.0f ? 80.0f : -x)); }
+// The clamp keeps inf / inf out: beyond 80 the result is below 2e-35. NaN passes through it.
+__device__ inline float sigmoid(float x) {
+  return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2e * (x < -80.0f ? -80.0f : x)));
+}
 
 constexpr float kGelu = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 
@@ -44,11 +46,11 @@ template <class T, int N>
 __global__ void gelu_forward_kernel(Activation a) {
   every_pack<N>(a.rows, a.width, [&](int64_t row, int64_t column) {
     const int64_t at = row * a.width + column;
-    Pack<T, N> x = load_pack<T, N>(static_cast<const T*>(a.x) + at);
-    float bias[N];
+    float x[N], bias[N];
+    load_wide<T, N>(a.x, at, x);
     if (a.bias) a.bias.load<N>(column, bias);
-    for (int n = 0; n < N; ++n) narrow(gelu(widen(x.v[n]) + (a.bias ? bias[n] : 0.0f)), &x.v[n]);
-    store_pack<T, N>(static_cast<T*>(a.out) + at, x);
+    for (int n = 0; n < N; ++n) x[n] = gelu(x[n] + (a.bias ? bias[n] : 0.0f));
+    store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(x));
   });
 }
 
@@ -65,14 +67,14 @@ __global__ void gelu_backward_kernel(Activation a) {
     if (a.bias) a.bias.load<N>(column, bias);
     for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
       const int64_t at = row * a.width + column;
-      const Pack<T, N> x = load_pack<T, N>(static_cast<const T*>(a.x) + at);
-      Pack<T, N> g = load_pack<T, N>(static_cast<const T*>(a.grad) + at);
+      float x[N], g[N];
+      load_wide<T, N>(a.x, at, x);
+      load_wide<T, N>(a.grad, at, g);
       for (int n = 0; n < N; ++n) {
-        const float d = widen(g.v[n]) * gelu_slope(widen(x.v[n]) + bias[n]);
-        sums[n] += d;
-        narrow(d, &g.v[n]);
+        g[n] *= gelu_slope(x[n] + bias[n]);
+        sums[n] += g[n];
       }
-      store_pack<T, N>(static_cast<T*>(a.out) + at, g);
+      store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(g));
     }
   }
   if (!a.dbias) return;
@@ -89,14 +91,12 @@ __global__ void gelu_backward_kernel(Activation a) {
 template <class T, int N>
 __global__ void swiglu_forward_kernel(Activation a) {
   every_pack<N>(a.rows, a.width, [&](int64_t row, int64_t column) {
-    const T* gate = static_cast<const T*>(a.x) + row * 2 * a.width + column;
-    Pack<T, N> x = load_pack<T, N>(gate);
-    const Pack<T, N> up = load_pack<T, N>(gate + a.width);
-    for (int n = 0; n < N; ++n) {
-      const float v = widen(x.v[n]);
-      narrow(v * sigmoid(v) * widen(up.v[n]), &x.v[n]);
-    }
-    store_pack<T, N>(static_cast<T*>(a.out) + row * a.width + column, x);
+    const int64_t at = row * 2 * a.width + column;
+    float gate[N], up[N];
+    load_wide<T, N>(a.x, at, gate);
+    load_wide<T, N>(a.x, at + a.width, up);
+    for (int n = 0; n < N; ++n) up[n] *= gate[n] * sigmoid(gate[n]);
+    store_pack<T, N>(static_cast<T*>(a.out) + row * a.width + column, narrow_pack<T, N>(up));
   });
 }
 
@@ -104,17 +104,17 @@ template <class T, int N>
 __global__ void swiglu_backward_kernel(Activation a) {
   every_pack<N>(a.rows, a.width, [&](int64_t row, int64_t column) {
     const int64_t at = row * 2 * a.width + column;
-    Pack<T, N> gate = load_pack<T, N>(static_cast<const T*>(a.x) + at);
-    Pack<T, N> up = load_pack<T, N>(static_cast<const T*>(a.x) + at + a.width);
-    const Pack<T, N> grad = load_pack<T, N>(static_cast<const T*>(a.grad) + row * a.width + column);
+    float gate[N], up[N], grad[N];
+    load_wide<T, N>(a.x, at, gate);
+    load_wide<T, N>(a.x, at + a.width, up);
+    load_wide<T, N>(a.grad, row * a.width + column, grad);
     for (int n = 0; n < N; ++n) {
-      const float x = widen(gate.v[n]), u = widen(up.v[n]), g = widen(grad.v[n]);
-      const float s = sigmoid(x), silu = x * s;
-      narrow(g * u * (s + silu * (1.0f - s)), &gate.v[n]);
-      narrow(g * silu, &up.v[n]);
+      const float s = sigmoid(gate[n]), silu = gate[n] * s;
+      gate[n] = grad[n] * up[n] * (s + silu * (1.0f - s));
+      up[n] = grad[n] * silu;
     }
-    store_pack<T, N>(static_cast<T*>(a.out) + at, gate);
-    store_pack<T, N>(static_cast<T*>(a.out) + at + a.width, up);
+    store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(gate));
+    store_pack<T, N>(static_cast<T*>(a.out) + at + a.width, narrow_pack<T, N>(up));
   });
 }
 

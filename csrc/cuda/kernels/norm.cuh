@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "geometry.cuh"
 
 namespace mlm::cuda {
 
@@ -23,104 +24,124 @@ struct NormForward {
 };
 
 // x of one pack; in the residual form dropout(x + pre_bias) + residual, rounded to T and stored.
-template <class T, int N>
-__device__ inline Pack<T, N> norm_input(const NormForward& a, int64_t row, int64_t column, uint64_t seed) {
+template <class T, int N, bool kResidual>
+__device__ inline Pack<T, N> norm_input(const NormForward& a, int64_t row, int column, uint64_t seed) {
   const int64_t at = row * a.width + column;
-  Pack<T, N> x = load_pack<T, N>(static_cast<const T*>(a.x) + at);
-  if (!a.total) return x;
-  const Pack<T, N> residual = load_pack<T, N>(static_cast<const T*>(a.residual) + at);
-  float bias[N], keep[N];
-  if (a.pre_bias) a.pre_bias.load<N>(column, bias);
-  if (a.dropout.threshold) dropout_multipliers<N>(a.dropout, seed, row, column, keep);
-  for (int n = 0; n < N; ++n) {
-    float v = widen(x.v[n]);
-    if (a.pre_bias) v += bias[n];
-    if (a.dropout.threshold) v *= keep[n];
-    narrow(v + widen(residual.v[n]), &x.v[n]);
+  const Pack<T, N> x = load_pack<T, N>(static_cast<const T*>(a.x) + at);
+  if constexpr (!kResidual) return x;
+  float v[N], other[N];
+  widen_pack<T, N>(x, v);
+  if (a.pre_bias) {
+    a.pre_bias.load<N>(column, other);
+    for (int n = 0; n < N; ++n) v[n] += other[n];
   }
-  store_pack<T, N>(static_cast<T*>(a.total) + at, x);
-  return x;
+  if (a.dropout.threshold) {
+    dropout_multipliers<N>(a.dropout, seed, row, column, other);
+    for (int n = 0; n < N; ++n) v[n] *= other[n];
+  }
+  load_wide<T, N>(a.residual, at, other);
+  for (int n = 0; n < N; ++n) v[n] += other[n];
+  const Pack<T, N> total = narrow_pack<T, N>(v);
+  store_pack<T, N>(static_cast<T*>(a.total) + at, total);
+  return total;
 }
 
 template <class T, int N>
 __device__ inline void norm_output(
-    const NormForward& a, int64_t row, int64_t column, const Pack<T, N>& x, float mean, float rstd) {
-  float weight[N], bias[N];
+    const NormForward& a, int64_t row, int column, const Pack<T, N>& x, float mean, float rstd) {
+  float v[N], weight[N], bias[N];
+  widen_pack<T, N>(x, v);
   a.weight.load<N>(column, weight);
   if (a.bias) a.bias.load<N>(column, bias);
-  Pack<T, N> out;
-  for (int n = 0; n < N; ++n)
-    narrow((widen(x.v[n]) - mean) * rstd * weight[n] + (a.bias ? bias[n] : 0.0f), &out.v[n]);
-  store_pack<T, N>(static_cast<T*>(a.out) + row * a.width + column, out);
+  for (int n = 0; n < N; ++n) v[n] = (v[n] - mean) * rstd * weight[n] + (a.bias ? bias[n] : 0.0f);
+  store_pack<T, N>(static_cast<T*>(a.out) + row * a.width + column, narrow_pack<T, N>(v));
+}
+
+__device__ inline void store_statistics(const NormForward& a, int64_t row, float mean, float rstd) {
+  if (threadIdx.x != 0) return;
+  a.rstd[row] = rstd;
+  if (a.mean) a.mean[row] = mean;
 }
 
 // K packs a thread hold the row: one read, one write.
-template <class T, int N, int K>
+template <class T, int N, int K, bool kResidual>
 __global__ void __launch_bounds__(1024) norm_forward_kernel(NormForward a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;  // whole warps only: see device.cuh
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  const float share = 1.0f / static_cast<float>(a.width);
+  const uint64_t seed = kResidual && a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  const int width = static_cast<int>(a.width), first = threadIdx.x * N, step = blockDim.x * N;
+  const float share = 1.0f / static_cast<float>(width);
   Pack<T, N> x[K];
-  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (first + k * step < width) x[k] = norm_input<T, N, kResidual>(a, row, first + k * step, seed);
+  float sum = 0.0f, v[N];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-    if (column >= a.width) continue;
-    x[k] = norm_input<T, N>(a, row, column, seed);
-    for (int n = 0; n < N; ++n) sum += widen(x[k].v[n]);
+    if (first + k * step >= width) continue;
+    widen_pack<T, N>(x[k], v);
+    for (int n = 0; n < N; ++n) sum += v[n];
   }
-  const float mean = a.mean ? row_reduce<Sum>(sum) * share : 0.0f;
+  const float mean = a.mean ? row_reduce<Sum>(sum, 0) * share : 0.0f;
   float squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if ((static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N >= a.width) continue;
-    for (int n = 0; n < N; ++n) {
-      const float centred = widen(x[k].v[n]) - mean;
-      squares += centred * centred;
-    }
+    if (first + k * step >= width) continue;
+    widen_pack<T, N>(x[k], v);
+    for (int n = 0; n < N; ++n) squares += (v[n] - mean) * (v[n] - mean);
   }
-  const float rstd = 1.0f / sqrtf(row_reduce<Sum>(squares) * share + a.eps);
+  const float rstd = 1.0f / sqrtf(row_reduce<Sum>(squares, 1) * share + a.eps);
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-    if (column < a.width) norm_output<T, N>(a, row, column, x[k], mean, rstd);
-  }
-  if (threadIdx.x == 0) {
-    a.rstd[row] = rstd;
-    if (a.mean) a.mean[row] = mean;
-  }
+  for (int k = 0; k < K; ++k)
+    if (first + k * step < width) norm_output<T, N>(a, row, first + k * step, x[k], mean, rstd);
+  store_statistics(a, row, mean, rstd);
 }
 
-// Any width: the row is read again for each pass (from the L2 cache, where a row of 65,536 fits many times).
-template <class T, int N>
+// Mean and sum of squared distances from it of some values, joined as Chan, Golub and LeVeque (1979) do.
+struct Moments {
+  float count = 0.0f, mean = 0.0f, squares = 0.0f;
+
+  template <int N>
+  __device__ void add(const float* v) {
+    float sum = 0.0f, spread = 0.0f;
+    for (int n = 0; n < N; ++n) sum += v[n];
+    const float centre = sum / N;
+    for (int n = 0; n < N; ++n) spread += (v[n] - centre) * (v[n] - centre);
+    const float total = count + N, away = centre - mean;
+    squares += spread + away * away * count * (N / total);
+    mean += away * (N / total);
+    count = total;
+  }
+};
+
+// Any width: the row is read twice, the second time backwards, where its end is still in cache.
+template <class T, int N, bool kResidual>
 __global__ void __launch_bounds__(1024) norm_forward_wide_kernel(NormForward a) {
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * N, first = static_cast<int64_t>(threadIdx.x) * N;
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  const float share = 1.0f / static_cast<float>(a.width);
-  float sum = 0.0f;
-  for (int64_t column = first; column < a.width; column += step) {
-    const Pack<T, N> x = norm_input<T, N>(a, row, column, seed);
-    for (int n = 0; n < N; ++n) sum += widen(x.v[n]);
+  const int64_t row = blockIdx.x;
+  const uint64_t seed = kResidual && a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  const int width = static_cast<int>(a.width), first = threadIdx.x * N, step = blockDim.x * N;
+  const float share = 1.0f / static_cast<float>(width);
+  Moments moments;
+  float v[N], squares = 0.0f;
+  int column = first;
+  for (; column < width; column += step) {
+    widen_pack<T, N>(norm_input<T, N, kResidual>(a, row, column, seed), v);
+    if (a.mean)
+      moments.add<N>(v);
+    else
+      for (int n = 0; n < N; ++n) squares += v[n] * v[n];
   }
-  const float mean = a.mean ? row_reduce<Sum>(sum) * share : 0.0f;
+  float mean = 0.0f;
+  if (a.mean) {
+    mean = row_reduce<Sum>(moments.mean * moments.count, 0) * share;
+    squares = moments.squares + moments.count * (moments.mean - mean) * (moments.mean - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_reduce<Sum>(squares, 1) * share + a.eps);
   // A thread reads back only what it wrote itself.
-  const T* x = static_cast<const T*>(a.total ? a.total : a.x) + row * a.width;
-  float squares = 0.0f;
-  for (int64_t column = first; column < a.width; column += step) {
-    const Pack<T, N> pack = load_pack<T, N>(x + column);
-    for (int n = 0; n < N; ++n) {
-      const float centred = widen(pack.v[n]) - mean;
-      squares += centred * centred;
-    }
-  }
-  const float rstd = 1.0f / sqrtf(row_reduce<Sum>(squares) * share + a.eps);
-  for (int64_t column = first; column < a.width; column += step)
+  const T* x = static_cast<const T*>(kResidual ? a.total : a.x) + row * a.width;
+  for (column -= step; column >= 0; column -= step)
     norm_output<T, N>(a, row, column, load_pack<T, N>(x + column), mean, rstd);
-  if (threadIdx.x == 0) {
-    a.rstd[row] = rstd;
-    if (a.mean) a.mean[row] = mean;
-  }
+  store_statistics(a, row, mean, rstd);
 }
 
 struct NormBackward {
@@ -132,172 +153,261 @@ struct NormBackward {
   const float* rstd;
   void* dx;
   void* dbranch;     // or null
-  float* dweight;    // [gridDim.x, width]
+  float* dweight;    // [lines, width]
   float* dbias;      // or null
   float* dpre_bias;  // or null
+  float* terms;      // [rows, 2], only where a row is too wide for one pass
   int64_t rows;
   int64_t width;
+  int64_t rows_per_line;  // of the tiles of such rows
   Dropout dropout;
+
+  __device__ int num_sums() const { return 1 + (dbias != nullptr) + (dpre_bias != nullptr); }
 };
 
-// The two means a row's gradient needs.
+// What a row's gradient needs: dx = rstd (g w + centre + xhat slope), where xhat = (x - mean) rstd.
 struct RowTerms {
-  float mean, rstd, k1, k2;
+  float mean, rstd, centre, slope;
 };
 
-__device__ inline RowTerms row_terms(const NormBackward& a, int64_t row, float s1, float s2) {
-  const float share = 1.0f / static_cast<float>(a.width);
-  const float rstd = a.rstd[row];
-  s2 = row_reduce<Sum>(s2);
-  if (a.mean) s1 = row_reduce<Sum>(s1);
-  return {a.mean ? a.mean[row] : 0.0f, rstd, a.mean ? -rstd * s1 * share : 0.0f, -rstd * rstd * s2 * share};
-}
-
-// Gradient of one pack, written; adds to the column sums of this thread.
 template <class T, int N>
-__device__ inline void norm_gradient(
-    const NormBackward& a, int64_t row, int64_t column, const Pack<T, N>& x, const Pack<T, N>& grad, const RowTerms& t,
-    uint64_t seed, float* dweight, float* dbias, float* dpre) {
+struct RowPack {
+  Pack<T, N> x, grad, total;
+};
+
+template <class T, int N, bool kResidual>
+__device__ inline RowPack<T, N> load_row_pack(const NormBackward& a, int64_t row, int column) {
   const int64_t at = row * a.width + column;
-  float weight[N], keep[N];
-  a.weight.load<N>(column, weight);
-  Pack<T, N> total, dx, dbranch;
-  if (a.grad_total) total = load_pack<T, N>(static_cast<const T*>(a.grad_total) + at);
-  if (a.dbranch) dropout_multipliers<N>(a.dropout, seed, row, column, keep);
-  for (int n = 0; n < N; ++n) {
-    const float g = widen(grad.v[n]), xhat = (widen(x.v[n]) - t.mean) * t.rstd;
-    float d = g * weight[n] * t.rstd + t.k1 + xhat * t.k2;
-    if (a.grad_total) d += widen(total.v[n]);
-    narrow(d, &dx.v[n]);
-    const float branch = a.dbranch ? d * keep[n] : d;
-    if (a.dbranch) narrow(branch, &dbranch.v[n]);
-    dweight[n] += g * xhat;
-    if (a.dbias) dbias[n] += g;
-    if (a.dpre_bias) dpre[n] += branch;
-  }
-  store_pack<T, N>(static_cast<T*>(a.dx) + at, dx);
-  if (a.dbranch) store_pack<T, N>(static_cast<T*>(a.dbranch) + at, dbranch);
+  RowPack<T, N> p;
+  p.x = load_pack<T, N>(static_cast<const T*>(a.x) + at);
+  p.grad = load_pack<T, N>(static_cast<const T*>(a.grad) + at);
+  if (kResidual && a.grad_total) p.total = load_pack<T, N>(static_cast<const T*>(a.grad_total) + at);
+  return p;
 }
 
-// Adds the sums of the rows of a block in the order of threadIdx.y and writes them as this block's line.
-template <int N, int K>
-__device__ inline void write_column_sums(const float (*sums)[N], float* out, int64_t width, float* shared) {
-  for (int turn = 0; turn < static_cast<int>(blockDim.y); ++turn) {
-    if (static_cast<int>(threadIdx.y) == turn) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-        if (column >= width) continue;
-        for (int n = 0; n < N; ++n) {
-          const float before = turn > 0 ? shared[column + n] : 0.0f;
-          if (turn + 1 < static_cast<int>(blockDim.y))
-            shared[column + n] = before + sums[k][n];
-          else
-            out[static_cast<int64_t>(blockIdx.x) * width + column + n] = before + sums[k][n];
-        }
-      }
+// Adds a pack's part of the sums over the row of g w and of g w xhat.
+template <class T, int N>
+__device__ inline void add_row_sums(const RowPack<T, N>& p, const float* weight, float mean, float rstd, float* sums) {
+  float x[N], g[N];
+  widen_pack<T, N>(p.x, x);
+  widen_pack<T, N>(p.grad, g);
+  for (int n = 0; n < N; ++n) {
+    const float gw = g[n] * weight[n];
+    sums[0] += gw;
+    sums[1] += gw * ((x[n] - mean) * rstd);
+  }
+}
+
+__device__ inline RowTerms row_terms(const NormBackward& a, float mean, float rstd, const float* sums) {
+  const float share = 1.0f / static_cast<float>(a.width);
+  return {mean, rstd, a.mean ? -sums[0] * share : 0.0f, -sums[1] * share};
+}
+
+// Gradient of one pack, written; adds to the sums of its columns: sums[0] of the weight, then bias and pre_bias, those that
+// are wanted.
+template <class T, int N, bool kResidual>
+__device__ inline void norm_gradient(
+    const NormBackward& a, int64_t row, int column, const RowPack<T, N>& p, const float* weight, const RowTerms& t,
+    uint64_t seed, float (*sums)[N]) {
+  const int64_t at = row * a.width + column;
+  float x[N], g[N], d[N];
+  widen_pack<T, N>(p.x, x);
+  widen_pack<T, N>(p.grad, g);
+  for (int n = 0; n < N; ++n) {
+    const float xhat = (x[n] - t.mean) * t.rstd;
+    d[n] = t.rstd * (g[n] * weight[n] + (xhat * t.slope + t.centre));
+    sums[0][n] += g[n] * xhat;
+  }
+  if (a.dbias)
+    for (int n = 0; n < N; ++n) sums[1][n] += g[n];
+  if constexpr (kResidual) {
+    if (a.grad_total) {
+      widen_pack<T, N>(p.total, x);
+      for (int n = 0; n < N; ++n) d[n] += x[n];
     }
+  }
+  store_pack<T, N>(static_cast<T*>(a.dx) + at, narrow_pack<T, N>(d));
+  if constexpr (kResidual) {
+    if (a.dbranch) {
+      dropout_multipliers<N>(a.dropout, seed, row, column, x);
+      for (int n = 0; n < N; ++n) d[n] *= x[n];
+      store_pack<T, N>(static_cast<T*>(a.dbranch) + at, narrow_pack<T, N>(d));
+    }
+    if (a.dpre_bias)
+      for (int n = 0; n < N; ++n) sums[2][n] += d[n];
+  }
+}
+
+// The column sums of a block in shared memory. Every column belongs to one thread, so nothing is waited for; a pack of
+// eight lies in two planes of four, where the threads of a warp meet no bank twice.
+template <int N>
+struct SharedSums {
+  static constexpr int kQuad = N < 4 ? N : 4;
+  float* base;
+  int width;
+
+  __device__ float* at(int sum, int pack, int n) const { return base + sum * width + (n / kQuad * (width / N) + pack) * kQuad; }
+  __device__ void add(int sum, int pack, const float* v) const {
+#pragma unroll
+    for (int n = 0; n < N; n += kQuad) {
+      auto* place = reinterpret_cast<Pack<float, kQuad>*>(at(sum, pack, n));
+      Pack<float, kQuad> now = *place;
+      for (int i = 0; i < kQuad; ++i) now.v[i] += v[n + i];
+      *place = now;
+    }
+  }
+  __device__ void move(int sum, int pack, float* out) const {
+#pragma unroll
+    for (int n = 0; n < N; n += kQuad) store_pack<float, kQuad>(out + pack * N + n, *reinterpret_cast<Pack<float, kQuad>*>(at(sum, pack, n)));
+  }
+};
+
+// Blocks stay for many rows, R at a time, and keep the column sums of theirs in shared memory: width * num_sums() floats.
+// A thread holds K packs of each of the R rows.
+template <class T, int N, int K, int R, bool kResidual, int kThreads>
+__global__ void __launch_bounds__(kThreads) norm_backward_kernel(NormBackward a) {
+  MLM_DYNAMIC_SHARED(shared);
+  const uint64_t seed = kResidual && a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  const int width = static_cast<int>(a.width), first = threadIdx.x * N, step = blockDim.x * N;
+  const SharedSums<N> kept{shared, width};
+  for (int s = 0; s < a.num_sums(); ++s)
+    for (int column = first; column < width; column += step)
+      for (int n = 0; n < N; ++n) *(kept.at(s, column / N, n) + n % SharedSums<N>::kQuad) = 0.0f;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * R;
+  int turn = 0;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * R; row < a.rows; row += stride, turn ^= 1) {
+    RowPack<T, N> p[R][K];
+    float mean[R], rstd[R], sums[2 * R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      sums[2 * r] = sums[2 * r + 1] = 0.0f;
+      const int64_t mine = row + r < a.rows ? row + r : row;  // a row that is not there is read, and not used
+      mean[r] = a.mean ? a.mean[mine] : 0.0f;
+      rstd[r] = a.rstd[mine];
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (first + k * step < width) p[r][k] = load_row_pack<T, N, kResidual>(a, mine, first + k * step);
+    }
+    float weight[N];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (first + k * step >= width) continue;
+      a.weight.load<N>(first + k * step, weight);
+#pragma unroll
+      for (int r = 0; r < R; ++r) add_row_sums<T, N>(p[r][k], weight, mean[r], rstd[r], sums + 2 * r);
+    }
+    row_reduce<Sum>(sums, turn);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int column = first + k * step;
+      if (column >= width) continue;
+      a.weight.load<N>(column, weight);
+      float columns[3][N];
+      for (int n = 0; n < N; ++n) columns[0][n] = columns[1][n] = columns[2][n] = 0.0f;
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (row + r < a.rows)
+          norm_gradient<T, N, kResidual>(a, row + r, column, p[r][k], weight, row_terms(a, mean[r], rstd[r], sums + 2 * r),
+                                         seed, columns);
+      kept.add(0, column / N, columns[0]);
+      if (a.dbias) kept.add(1, column / N, columns[1]);
+      if (kResidual && a.dpre_bias) kept.add(a.dbias ? 2 : 1, column / N, columns[2]);
+    }
+  }
+  const int64_t line = static_cast<int64_t>(blockIdx.x) * a.width;
+  for (int column = first; column < width; column += step) {
+    kept.move(0, column / N, a.dweight + line);
+    if (a.dbias) kept.move(1, column / N, a.dbias + line);
+    if (a.dpre_bias) kept.move(a.dbias ? 2 : 1, column / N, a.dpre_bias + line);
+  }
+}
+
+// Rows whose column sums do not fit into shared memory, first pass: the terms of every row.
+template <class T, int N>
+__global__ void __launch_bounds__(1024) norm_terms_kernel(NormBackward a) {
+  const int64_t row = blockIdx.x;
+  const float mean = a.mean ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+  float sums[2] = {0.0f, 0.0f}, weight[N];
+  for (int column = threadIdx.x * N; column < a.width; column += blockDim.x * N) {
+    a.weight.load<N>(column, weight);
+    add_row_sums<T, N>(load_row_pack<T, N, false>(a, row, column), weight, mean, rstd, sums);
+  }
+  row_reduce<Sum>(sums, 0);
+  if (threadIdx.x != 0) return;
+  const RowTerms t = row_terms(a, mean, rstd, sums);
+  a.terms[2 * row] = t.centre;
+  a.terms[2 * row + 1] = t.slope;
+}
+
+// Second pass: tiles of 32 packs of columns by rows_per_line rows. Block (32, 8), grid (columns, lines).
+template <class T, int N>
+__global__ void __launch_bounds__(256) norm_tiles_kernel(NormBackward a) {
+  __shared__ float shared[8][32 * N + 1];
+  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  const int column = (static_cast<int>(blockIdx.x) * 32 + threadIdx.x) * N;
+  const bool inside = column < a.width;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * a.rows_per_line;
+  const int64_t last = first + a.rows_per_line < a.rows ? first + a.rows_per_line : a.rows;
+  float sums[3][N], weight[N];
+  for (int n = 0; n < N; ++n) sums[0][n] = sums[1][n] = sums[2][n] = 0.0f;
+  if (inside) {
+    a.weight.load<N>(column, weight);
+    for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
+      const RowTerms t{a.mean ? a.mean[row] : 0.0f, a.rstd[row], a.terms[2 * row], a.terms[2 * row + 1]};
+      norm_gradient<T, N, true>(a, row, column, load_row_pack<T, N, true>(a, row, column), weight, t, seed, sums);
+    }
+  }
+  float* const outs[3] = {a.dweight, a.dbias, a.dpre_bias};
+#pragma unroll
+  for (int s = 0; s < 3; ++s) {
+    if (!outs[s]) continue;
+    for (int n = 0; n < N; ++n) shared[threadIdx.y][threadIdx.x * N + n] = sums[s][n];
+    __syncthreads();
+    if (threadIdx.y == 0 && inside)
+      for (int n = 0; n < N; ++n) {
+        float sum = 0.0f;
+        for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += shared[y][threadIdx.x * N + n];
+        outs[s][static_cast<int64_t>(blockIdx.y) * a.width + column + n] = sum;
+      }
     __syncthreads();
   }
 }
 
-// Blocks stay for many rows and keep the column sums in registers. Shared memory: width floats when blockDim.y > 1.
-template <class T, int N, int K>
-__global__ void __launch_bounds__(512) norm_backward_kernel(NormBackward a) {
-  MLM_DYNAMIC_SHARED(shared);
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  float dweight[K][N], dbias[K][N], dpre[K][N];
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-    for (int n = 0; n < N; ++n) dweight[k][n] = dbias[k][n] = dpre[k][n] = 0.0f;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += step) {
-    const T* xr = static_cast<const T*>(a.x) + row * a.width;
-    const T* gr = static_cast<const T*>(a.grad) + row * a.width;
-    const float mean = a.mean ? a.mean[row] : 0.0f;
-    Pack<T, N> x[K], grad[K];
-    float s1 = 0.0f, s2 = 0.0f;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-      if (column >= a.width) continue;
-      x[k] = load_pack<T, N>(xr + column);
-      grad[k] = load_pack<T, N>(gr + column);
-      float weight[N];
-      a.weight.load<N>(column, weight);
-      for (int n = 0; n < N; ++n) {
-        const float gw = widen(grad[k].v[n]) * weight[n];
-        s1 += gw;
-        s2 += gw * (widen(x[k].v[n]) - mean);
-      }
-    }
-    const RowTerms t = row_terms(a, row, s1, s2);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-      if (column < a.width)
-        norm_gradient<T, N>(a, row, column, x[k], grad[k], t, seed, dweight[k], dbias[k], dpre[k]);
-    }
-  }
-  write_column_sums<N, K>(dweight, a.dweight, a.width, shared);
-  if (a.dbias) write_column_sums<N, K>(dbias, a.dbias, a.width, shared);
-  if (a.dpre_bias) write_column_sums<N, K>(dpre, a.dpre_bias, a.width, shared);
-}
+// out[j] = sum over lines of partial[line, j], for up to three pairs of them.
+struct ColumnSums {
+  const float* partial[3];
+  void* out[3];
+  int type[3];  // ParamType
+  int64_t lines;
+  int64_t width;
+};
 
-// Any width: x and grad are read twice, the column sums of a block live in its line of memory.
-template <class T, int N>
-__global__ void __launch_bounds__(512) norm_backward_wide_kernel(NormBackward a) {
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * N, first = static_cast<int64_t>(threadIdx.x) * N;
-  const int64_t line = static_cast<int64_t>(blockIdx.x) * a.width;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const T* xr = static_cast<const T*>(a.x) + row * a.width;
-    const T* gr = static_cast<const T*>(a.grad) + row * a.width;
-    const float mean = a.mean ? a.mean[row] : 0.0f;
-    float s1 = 0.0f, s2 = 0.0f;
-    for (int64_t column = first; column < a.width; column += step) {
-      const Pack<T, N> x = load_pack<T, N>(xr + column), grad = load_pack<T, N>(gr + column);
-      float weight[N];
-      a.weight.load<N>(column, weight);
-      for (int n = 0; n < N; ++n) {
-        const float gw = widen(grad.v[n]) * weight[n];
-        s1 += gw;
-        s2 += gw * (widen(x.v[n]) - mean);
-      }
-    }
-    const RowTerms t = row_terms(a, row, s1, s2);
-    const bool fresh = row == static_cast<int64_t>(blockIdx.x);
-    for (int64_t column = first; column < a.width; column += step) {
-      float dweight[N], dbias[N], dpre[N];
-      for (int n = 0; n < N; ++n) {
-        dweight[n] = fresh ? 0.0f : a.dweight[line + column + n];
-        dbias[n] = fresh || !a.dbias ? 0.0f : a.dbias[line + column + n];
-        dpre[n] = fresh || !a.dpre_bias ? 0.0f : a.dpre_bias[line + column + n];
-      }
-      norm_gradient<T, N>(a, row, column, load_pack<T, N>(xr + column), load_pack<T, N>(gr + column), t, seed, dweight,
-                          dbias, dpre);
-      for (int n = 0; n < N; ++n) {
-        a.dweight[line + column + n] = dweight[n];
-        if (a.dbias) a.dbias[line + column + n] = dbias[n];
-        if (a.dpre_bias) a.dpre_bias[line + column + n] = dpre[n];
-      }
-    }
-  }
-}
-
-// out[j] = sum over lines of partial[line, j]: 32 columns by blockDim.y threads, in a fixed order. Block (32, <= 32).
-template <class T>
-__global__ void column_sums_kernel(const float* partial, T* out, int64_t lines, int64_t width) {
+// 32 columns by 32 threads, in a fixed order; four lines at a time, since each waits for memory. Block (32, 32), grid
+// (columns, pairs).
+inline __global__ void __launch_bounds__(1024) column_sums_kernel(ColumnSums a) {
   __shared__ float shared[32][33];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  float sum = 0.0f;
-  if (column < width)
-    for (int64_t line = threadIdx.y; line < lines; line += blockDim.y) sum += partial[line * width + column];
-  shared[threadIdx.y][threadIdx.x] = sum;
+  const float* partial = a.partial[blockIdx.y];
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (column < a.width)
+    for (int64_t line = threadIdx.y; line < a.lines; line += 128) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (line + 32 * i < a.lines) sums[i] += partial[(line + 32 * i) * a.width + column];
+    }
+  shared[threadIdx.y][threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   __syncthreads();
-  if (threadIdx.y != 0 || column >= width) return;
-  for (int y = 1; y < static_cast<int>(blockDim.y); ++y) sum += shared[y][threadIdx.x];
-  narrow(sum, out + column);
+  // A warp for each column: its 32 values, turned over.
+  const float sum = warp_reduce<Sum>(shared[threadIdx.x][threadIdx.y]);
+  const int64_t mine = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
+  if (threadIdx.x != 0 || mine >= a.width) return;
+  void* out = a.out[blockIdx.y];
+  if (a.type[blockIdx.y] == kParamFloat)
+    static_cast<float*>(out)[mine] = sum;
+  else if (a.type[blockIdx.y] == kParamBFloat16)
+    narrow(sum, static_cast<bf16*>(out) + mine);
+  else
+    narrow(sum, static_cast<f16*>(out) + mine);
 }
 
 }  // namespace mlm::cuda

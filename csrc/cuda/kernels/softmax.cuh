@@ -1,8 +1,9 @@
-// Softmax of attention scores with scale, mask and dropout. A row is held in registers while it fits (32 values a
-// thread), else read twice: once with a running maximum (Milakov and Gimelshein 2018), once to write.
+// Softmax of attention scores with scale, mask and dropout. A row is held in registers while it fits (64 values a thread of
+// half precision, 32 of float), else read twice: once with a running maximum (Milakov and Gimelshein 2018), once to write.
 #pragma once
 
 #include "device.cuh"
+#include "geometry.cuh"
 
 namespace mlm::cuda {
 
@@ -33,6 +34,15 @@ struct SoftmaxForward {
   Dropout dropout;
 };
 
+// The leanest kernel that does all that is asked for. Host code.
+inline int softmax_form(const SoftmaxForward& a, int pack) {
+  if (a.dropout.threshold || (a.mask_kind != kNoMask && a.causal.on)) return kAnything;
+  if (a.mask_kind == kNoMask) return a.causal.on ? kCausalOnly : kPlain;
+  bool whole = a.mask_kind == kBoolMask && a.mask_key_stride == 1 && reinterpret_cast<uintptr_t>(a.mask) % pack == 0;
+  for (int d = 0; d < a.dims; ++d) whole = whole && a.mask_strides[d] % pack == 0;
+  return whole ? kByteMask : kAnything;
+}
+
 struct SoftmaxBackward {
   const void* grad;
   const void* probs;
@@ -45,15 +55,15 @@ struct SoftmaxBackward {
 };
 
 struct KeyRange {
-  int64_t begin, end;
+  int begin, end;
 };
 
 __device__ inline KeyRange visible_keys(const Causal& c, int64_t row, int64_t keys) {
-  if (!c.on) return {0, keys};
+  if (!c.on) return {0, static_cast<int>(keys)};
   const int64_t next = row % c.queries + c.offset + 1;
   const int64_t end = next < 0 ? 0 : (next < keys ? next : keys);
   const int64_t begin = next > c.window ? next - c.window : 0;
-  return {begin < end ? begin : end, end};
+  return {static_cast<int>(begin < end ? begin : end), static_cast<int>(end)};
 }
 
 __device__ inline int64_t mask_row(const SoftmaxForward& a, int64_t row) {
@@ -67,170 +77,258 @@ __device__ inline int64_t mask_row(const SoftmaxForward& a, int64_t row) {
 
 __device__ inline float minus_infinity() { return -__builtin_huge_valf(); }
 
-// Scaled and masked scores of one pack; -inf outside the visible range, which is not read where a pack misses it whole.
-template <class T, int N>
-__device__ inline void scaled_pack(
-    const SoftmaxForward& a, const T* x, int64_t mask, int64_t column, KeyRange range, float* out) {
-  for (int n = 0; n < N; ++n) out[n] = minus_infinity();
-  if (column + N <= range.begin || column >= range.end) return;
-  const Pack<T, N> pack = load_pack<T, N>(x + column);
-  for (int n = 0; n < N; ++n) {
-    const int64_t j = column + n;
-    if (j < range.begin || j >= range.end) continue;
-    float v = widen(pack.v[n]) * a.scale;
-    const int64_t at = mask + j * a.mask_key_stride;
-    if (a.mask_kind == kBoolMask)
-      v = static_cast<const uint8_t*>(a.mask)[at] ? minus_infinity() : v;
-    else if (a.mask_kind == kFloatMask)
-      v += static_cast<const float*>(a.mask)[at];
-    else if (a.mask_kind == kSameMask)
-      v += widen(static_cast<const T*>(a.mask)[at]);
-    out[n] = v;
-  }
-}
-
-// NaN counts as the largest, so that it reaches the result as it does in torch.
-struct TopScore {
-  static constexpr float identity = -__builtin_huge_valf();
-  __device__ static float of(float a, float b) { return a > b || a != a ? a : b; }
+template <int N>
+struct alignas(N) Bytes {
+  uint8_t v[N];
 };
 
+// What is read of one pack: its scores, and its part of a mask that is read a pack at a time.
 template <class T, int N>
-__device__ inline void put_probabilities(
-    const SoftmaxForward& a, int64_t row, int64_t column, const float* exps, float inverse, uint64_t seed) {
-  const int64_t at = row * a.keys + column;
-  Pack<T, N> out;
-  for (int n = 0; n < N; ++n) narrow(exps[n] * inverse, &out.v[n]);
-  if (!a.dropout.threshold) {
-    store_pack<T, N>(static_cast<T*>(a.out) + at, out);
-    return;
-  }
-  store_pack<T, N>(static_cast<T*>(a.probs) + at, out);
-  float keep[N];
-  dropout_multipliers<N>(a.dropout, seed, row, column, keep);
-  for (int n = 0; n < N; ++n) narrow(exps[n] * inverse * keep[n], &out.v[n]);
-  store_pack<T, N>(static_cast<T*>(a.out) + at, out);
+struct ScorePack {
+  Pack<T, N> scores;
+  Bytes<N> hidden;
+};
+
+__device__ inline bool misses(const KeyRange& range, int column, int n) {
+  return column + n <= range.begin || column >= range.end;
 }
 
-template <class T, int N, int K>
+// Reads nothing where the pack is outside of the visible range.
+template <class T, int N, int kForm>
+__device__ inline ScorePack<T, N> load_scores(
+    const SoftmaxForward& a, const T* x, int64_t mask, int column, const KeyRange& range) {
+  ScorePack<T, N> p;
+  if (misses(range, column, N)) return p;
+  p.scores = load_pack<T, N>(x + column);
+  if constexpr (kForm == kByteMask)
+    p.hidden = *reinterpret_cast<const Bytes<N>*>(static_cast<const uint8_t*>(a.mask) + mask + column);
+  return p;
+}
+
+// Scores of one pack, scaled and masked, times log2(e), so that their exponentials are powers of two; -inf outside of the
+// visible range.
+template <class T, int N, int kForm>
+__device__ inline void scaled_scores(
+    const SoftmaxForward& a, const ScorePack<T, N>& p, int64_t mask, int column, const KeyRange& range, float* out) {
+  if (misses(range, column, N)) {
+    for (int n = 0; n < N; ++n) out[n] = minus_infinity();
+    return;
+  }
+  widen_pack<T, N>(p.scores, out);
+  const float scale = a.scale * kLog2e;
+  for (int n = 0; n < N; ++n) out[n] *= scale;
+  if constexpr (kForm == kByteMask) {
+    for (int n = 0; n < N; ++n) out[n] = p.hidden.v[n] ? minus_infinity() : out[n];
+  }
+  if constexpr (kForm == kAnything) {
+    for (int n = 0; n < N && a.mask_kind != kNoMask; ++n) {
+      const int64_t at = mask + (column + n) * a.mask_key_stride;
+      if (a.mask_kind == kBoolMask)
+        out[n] = static_cast<const uint8_t*>(a.mask)[at] ? minus_infinity() : out[n];
+      else if (a.mask_kind == kFloatMask)
+        out[n] += static_cast<const float*>(a.mask)[at] * kLog2e;
+      else
+        out[n] += widen(static_cast<const T*>(a.mask)[at]) * kLog2e;
+    }
+  }
+  if constexpr (kForm == kCausalOnly || kForm == kAnything) {
+    if (column < range.begin || column + N > range.end)
+      for (int n = 0; n < N; ++n) out[n] = column + n < range.begin || column + n >= range.end ? minus_infinity() : out[n];
+  }
+}
+
+// What is the same for all of a row.
+template <int kForm>
+struct RowPlan {
+  KeyRange range;
+  int64_t mask;
+  uint64_t seed;
+
+  __device__ RowPlan(const SoftmaxForward& a, int64_t row) : range{0, static_cast<int>(a.keys)}, mask(0), seed(0) {
+    if constexpr (kForm == kCausalOnly || kForm == kAnything) range = visible_keys(a.causal, row, a.keys);
+    if constexpr (kForm == kByteMask || kForm == kAnything) mask = a.mask_kind == kNoMask ? 0 : mask_row(a, row);
+    if constexpr (kForm == kAnything) seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  }
+};
+
+template <class T, int N, int kForm>
+__device__ inline void put_probabilities(
+    const SoftmaxForward& a, int64_t row, int column, const float* exps, float inverse, uint64_t seed) {
+  const int64_t at = row * a.keys + column;
+  float v[N];
+  for (int n = 0; n < N; ++n) v[n] = exps[n] * inverse;
+  if (kForm != kAnything || !a.dropout.threshold) {
+    store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(v));
+    return;
+  }
+  store_pack<T, N>(static_cast<T*>(a.probs) + at, narrow_pack<T, N>(v));
+  float keep[N];
+  dropout_multipliers<N>(a.dropout, seed, row, column, keep);
+  for (int n = 0; n < N; ++n) v[n] *= keep[n];
+  store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(v));
+}
+
+// A row of which nothing is visible has maximum -inf: with 0 instead, every exponential is 0, and so is the row.
+__device__ inline float finite_top(float top) { return top == minus_infinity() ? 0.0f : top; }
+
+template <class T, int N, int K, int kForm>
 __global__ void __launch_bounds__(1024) softmax_forward_kernel(SoftmaxForward a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  const KeyRange range = visible_keys(a.causal, row, a.keys);
-  const int64_t mask = a.mask_kind == kNoMask ? 0 : mask_row(a, row);
+  const RowPlan<kForm> plan(a, row);
   const T* x = static_cast<const T*>(a.x) + row * a.keys;
-  float v[K][N];
+  const int first = threadIdx.x * N, step = blockDim.x * N;
+  // Up to 32 floats a thread are kept; beyond, the scores are, and worked out again for each pass.
+  constexpr bool kHeld = K * N <= 32;
+  ScorePack<T, N> p[K];
+  float held[kHeld ? K : 1][N], v[N];
+#pragma unroll
+  for (int k = 0; k < K; ++k) p[k] = load_scores<T, N, kForm>(a, x, plan.mask, first + k * step, plan.range);
   float top = minus_infinity();
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-    scaled_pack<T, N>(a, x, mask, column, range, v[k]);
-    for (int n = 0; n < N; ++n) top = TopScore::of(top, v[k][n]);
+    float* out = kHeld ? held[kHeld ? k : 0] : v;
+    scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
+    for (int n = 0; n < N; ++n) top = Max::of(top, out[n]);
   }
-  top = row_reduce<TopScore>(top);
-  if (top == minus_infinity()) top = 0.0f;  // nothing visible: every exp(-inf) is 0, and so is the row
+  top = finite_top(row_reduce<Max>(top, 0));
   float sum = 0.0f;
 #pragma unroll
-  for (int k = 0; k < K; ++k)
+  for (int k = 0; k < K; ++k) {
+    float* out = kHeld ? held[kHeld ? k : 0] : v;
+    if (!kHeld) scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
     for (int n = 0; n < N; ++n) {
-      v[k][n] = expf(v[k][n] - top);
-      sum += v[k][n];
+      out[n] = exp2_fast(out[n] - top);
+      sum += out[n];
     }
-  sum = row_reduce<Sum>(sum);
+  }
+  sum = row_reduce<Sum>(sum, 1);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int64_t column = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * N;
-    if (column < a.keys) put_probabilities<T, N>(a, row, column, v[k], inverse, seed);
+    if (first + k * step >= a.keys) continue;
+    float* out = kHeld ? held[kHeld ? k : 0] : v;
+    if (!kHeld) {
+      scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
+      for (int n = 0; n < N; ++n) out[n] = exp2_fast(out[n] - top);
+    }
+    put_probabilities<T, N, kForm>(a, row, first + k * step, out, inverse, plan.seed);
   }
 }
 
-template <class T, int N>
+template <class T, int N, int kForm>
 __global__ void __launch_bounds__(1024) softmax_forward_wide_kernel(SoftmaxForward a) {
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * N, first = static_cast<int64_t>(threadIdx.x) * N;
-  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
-  const KeyRange range = visible_keys(a.causal, row, a.keys);
-  const int64_t mask = a.mask_kind == kNoMask ? 0 : mask_row(a, row);
+  const int64_t row = blockIdx.x;
+  const RowPlan<kForm> plan(a, row);
   const T* x = static_cast<const T*>(a.x) + row * a.keys;
+  const int step = blockDim.x * N;
   float top = minus_infinity(), sum = 0.0f, v[N];
-  for (int64_t column = first; column < a.keys; column += step) {
-    scaled_pack<T, N>(a, x, mask, column, range, v);
+  int column = threadIdx.x * N;
+  for (; column < a.keys; column += step) {
+    scaled_scores<T, N, kForm>(a, load_scores<T, N, kForm>(a, x, plan.mask, column, plan.range), plan.mask, column, plan.range, v);
     float high = top;
-    for (int n = 0; n < N; ++n) high = TopScore::of(high, v[n]);
-    if (high == minus_infinity()) continue;
-    sum *= expf(top - high);  // 0 the first time, when top is -inf and sum is 0
+    for (int n = 0; n < N; ++n) high = Max::of(high, v[n]);
+    const float base = finite_top(high);
+    sum *= exp2_fast(top - base);  // 0 the first time, when top is -inf and sum is 0
     top = high;
-    for (int n = 0; n < N; ++n) sum += expf(v[n] - top);
+    for (int n = 0; n < N; ++n) sum += exp2_fast(v[n] - base);
   }
-  float all = row_reduce<TopScore>(top);
-  if (all == minus_infinity()) all = 0.0f;
-  sum = row_reduce<Sum>(sum == 0.0f ? 0.0f : sum * expf(top - all));
+  const float all = finite_top(row_reduce<Max>(top, 0));
+  sum = row_reduce<Sum>(sum * exp2_fast(top - all), 1);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t column = first; column < a.keys; column += step) {
-    scaled_pack<T, N>(a, x, mask, column, range, v);
-    for (int n = 0; n < N; ++n) v[n] = expf(v[n] - all);
-    put_probabilities<T, N>(a, row, column, v, inverse, seed);
+  for (column -= step; column >= 0; column -= step) {  // backwards: the end of the row is still in cache
+    scaled_scores<T, N, kForm>(a, load_scores<T, N, kForm>(a, x, plan.mask, column, plan.range), plan.mask, column, plan.range, v);
+    for (int n = 0; n < N; ++n) v[n] = exp2_fast(v[n] - all);
+    put_probabilities<T, N, kForm>(a, row, column, v, inverse, plan.seed);
   }
 }
 
-// Gradient behind the dropout and probabilities of one pack, zero outside the visible range.
 template <class T, int N>
-__device__ inline bool gradient_pack(
-    const SoftmaxBackward& a, int64_t row, int64_t column, KeyRange range, uint64_t seed, float* grad, float* probs) {
-  if (column + N <= range.begin || column >= range.end) return false;
+struct GradientPack {
+  Pack<T, N> grad, probs;
+};
+
+template <class T, int N>
+__device__ inline GradientPack<T, N> load_gradients(const SoftmaxBackward& a, int64_t row, int column, const KeyRange& range) {
+  GradientPack<T, N> p;
+  if (misses(range, column, N)) return p;
   const int64_t at = row * a.keys + column;
-  const Pack<T, N> g = load_pack<T, N>(static_cast<const T*>(a.grad) + at);
-  const Pack<T, N> p = load_pack<T, N>(static_cast<const T*>(a.probs) + at);
-  float keep[N];
-  if (a.dropout.threshold) dropout_multipliers<N>(a.dropout, seed, row, column, keep);
-  for (int n = 0; n < N; ++n) {
-    const bool seen = column + n >= range.begin && column + n < range.end;
-    grad[n] = seen ? widen(g.v[n]) * (a.dropout.threshold ? keep[n] : 1.0f) : 0.0f;
-    probs[n] = seen ? widen(p.v[n]) : 0.0f;
-  }
-  return true;
+  p.grad = load_pack<T, N>(static_cast<const T*>(a.grad) + at);
+  p.probs = load_pack<T, N>(static_cast<const T*>(a.probs) + at);
+  return p;
 }
 
-// dx = scale * p * (g - sum(g * p)). K = 0: any width, grad and probs are read twice.
+// Gradient behind the dropout, and probabilities, of one pack; zeros outside of the visible range.
+template <class T, int N>
+__device__ inline void wide_gradients(
+    const SoftmaxBackward& a, const GradientPack<T, N>& p, int64_t row, int column, const KeyRange& range, uint64_t seed,
+    float* grad, float* probs) {
+  if (misses(range, column, N)) {
+    for (int n = 0; n < N; ++n) grad[n] = probs[n] = 0.0f;
+    return;
+  }
+  widen_pack<T, N>(p.grad, grad);
+  widen_pack<T, N>(p.probs, probs);
+  if (a.dropout.threshold) {
+    float keep[N];
+    dropout_multipliers<N>(a.dropout, seed, row, column, keep);
+    for (int n = 0; n < N; ++n) grad[n] *= keep[n];
+  }
+  if (column < range.begin || column + N > range.end)
+    for (int n = 0; n < N; ++n)
+      if (column + n < range.begin || column + n >= range.end) grad[n] = probs[n] = 0.0f;
+}
+
+template <class T, int N>
+__device__ inline void put_gradients(
+    const SoftmaxBackward& a, int64_t row, int column, float dot, float* grad, const float* probs) {
+  for (int n = 0; n < N; ++n) grad[n] = (grad[n] - dot) * probs[n] * a.scale;
+  store_pack<T, N>(static_cast<T*>(a.dx) + row * a.keys + column, narrow_pack<T, N>(grad));
+}
+
+// dx = scale * p * (g - sum(g * p)).
 template <class T, int N, int K>
 __global__ void __launch_bounds__(1024) softmax_backward_kernel(SoftmaxBackward a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
   const KeyRange range = visible_keys(a.causal, row, a.keys);
-  const int64_t step = static_cast<int64_t>(blockDim.x) * N, first = static_cast<int64_t>(threadIdx.x) * N;
-  constexpr int kHeld = K > 0 ? K : 1;
-  float grad[kHeld][N], probs[kHeld][N];
-  bool seen[kHeld];
-  float dot = 0.0f;
-  if constexpr (K > 0) {
+  const int first = threadIdx.x * N, step = blockDim.x * N;
+  GradientPack<T, N> p[K];
+  float grad[N], probs[N], dot = 0.0f;
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      seen[k] = gradient_pack<T, N>(a, row, first + k * step, range, seed, grad[k], probs[k]);
-      if (seen[k])
-        for (int n = 0; n < N; ++n) dot += grad[k][n] * probs[k][n];
-    }
-  } else {
-    for (int64_t column = first; column < a.keys; column += step)
-      if (gradient_pack<T, N>(a, row, column, range, seed, grad[0], probs[0]))
-        for (int n = 0; n < N; ++n) dot += grad[0][n] * probs[0][n];
+  for (int k = 0; k < K; ++k) p[k] = load_gradients<T, N>(a, row, first + k * step, range);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    wide_gradients<T, N>(a, p[k], row, first + k * step, range, seed, grad, probs);
+    for (int n = 0; n < N; ++n) dot += grad[n] * probs[n];
   }
-  dot = row_reduce<Sum>(dot);
-  const auto put = [&](int64_t column, bool visible, const float* g, const float* p) {
-    Pack<T, N> out;
-    for (int n = 0; n < N; ++n) narrow(visible ? (g[n] - dot) * p[n] * a.scale : 0.0f, &out.v[n]);
-    store_pack<T, N>(static_cast<T*>(a.dx) + row * a.keys + column, out);
-  };
-  if constexpr (K > 0) {
+  dot = row_reduce<Sum>(dot, 0);
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      if (first + k * step < a.keys) put(first + k * step, seen[k], grad[k], probs[k]);
-  } else {
-    for (int64_t column = first; column < a.keys; column += step) {
-      const bool visible = gradient_pack<T, N>(a, row, column, range, seed, grad[0], probs[0]);
-      put(column, visible, grad[0], probs[0]);
-    }
+  for (int k = 0; k < K; ++k) {
+    if (first + k * step >= a.keys) continue;
+    wide_gradients<T, N>(a, p[k], row, first + k * step, range, seed, grad, probs);
+    put_gradients<T, N>(a, row, first + k * step, dot, grad, probs);
+  }
+}
+
+// Any width: grad and probs are read twice.
+template <class T, int N>
+__global__ void __launch_bounds__(1024) softmax_backward_wide_kernel(SoftmaxBackward a) {
+  const int64_t row = blockIdx.x;
+  const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+  const KeyRange range = visible_keys(a.causal, row, a.keys);
+  const int step = blockDim.x * N;
+  float grad[N], probs[N], dot = 0.0f;
+  int column = threadIdx.x * N;
+  for (; column < a.keys; column += step) {
+    wide_gradients<T, N>(a, load_gradients<T, N>(a, row, column, range), row, column, range, seed, grad, probs);
+    for (int n = 0; n < N; ++n) dot += grad[n] * probs[n];
+  }
+  dot = row_reduce<Sum>(dot, 0);
+  for (column -= step; column >= 0; column -= step) {  // backwards, as in the forward pass
+    wide_gradients<T, N>(a, load_gradients<T, N>(a, row, column, range), row, column, range, seed, grad, probs);
+    put_gradients<T, N>(a, row, column, dot, grad, probs);
   }
 }
 

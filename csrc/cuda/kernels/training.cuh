@@ -19,7 +19,9 @@ struct CrossEntropy {
   int64_t vocab_start;
 };
 
-// Running maximum and the sum of exponentials below it.
+__device__ inline float exp_fast(float a) { return exp2_fast(a * kLog2e); }
+
+// Running maximum and the sum of exponentials below it. A NaN is in the sum.
 struct Running {
   float top = -__builtin_huge_valf();
   float sum = 0.0f;
@@ -27,17 +29,12 @@ struct Running {
   template <int N>
   __device__ void add(const float* v) {
     float high = top;
-    for (int n = 0; n < N; ++n) high = v[n] > high || v[n] != v[n] ? v[n] : high;
-    if (high == -__builtin_huge_valf()) return;
-    sum = sum == 0.0f ? 0.0f : sum * expf(top - high);
+    for (int n = 0; n < N; ++n) high = fmaxf(high, v[n]);
+    const float base = high == -__builtin_huge_valf() ? 0.0f : high;
+    sum *= exp_fast(top - base);  // 0 the first time, when top is -inf and sum is 0
     top = high;
-    for (int n = 0; n < N; ++n) sum += expf(v[n] - top);
+    for (int n = 0; n < N; ++n) sum += exp_fast(v[n] - base);
   }
-};
-
-struct HighestOrNan {
-  static constexpr float identity = -__builtin_huge_valf();
-  __device__ static float of(float a, float b) { return a > b || a != a ? a : b; }
 };
 
 // One block a row, one read of the logits.
@@ -48,17 +45,16 @@ __global__ void __launch_bounds__(1024) cross_entropy_stats_kernel(CrossEntropy 
   Running running;
   const int64_t whole = a.num_valid / N * N;
   for (int64_t j = static_cast<int64_t>(threadIdx.x) * N; j < whole; j += static_cast<int64_t>(blockDim.x) * N) {
-    const Pack<T, N> pack = load_pack<T, N>(x + j);
     float v[N];
-    for (int n = 0; n < N; ++n) v[n] = widen(pack.v[n]);
+    load_wide<T, N>(x, j, v);
     running.add<N>(v);
   }
   for (int64_t j = whole + threadIdx.x; j < a.num_valid; j += blockDim.x) {
     const float v = widen(x[j]);
     running.add<1>(&v);
   }
-  const float top = row_reduce<HighestOrNan>(running.top);
-  const float sum = row_reduce<Sum>(running.sum == 0.0f ? 0.0f : running.sum * expf(running.top - top));
+  const float top = row_reduce<Max>(running.top, 0);
+  const float sum = row_reduce<Sum>(running.sum * exp_fast(running.top - (top == -__builtin_huge_valf() ? 0.0f : top)), 1);
   if (threadIdx.x != 0) return;
   const int64_t local = a.labels[row] - a.vocab_start;
   a.maximum[row] = top;
@@ -75,17 +71,18 @@ __global__ void __launch_bounds__(1024) cross_entropy_grad_kernel(CrossEntropy a
   const int64_t local = a.labels[row] - a.vocab_start;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x;
-  const auto gradient = [&](T logit, int64_t j) {
-    if (j >= a.num_valid) return narrowed<T>(0.0f);
-    return narrowed<T>((expf(widen(logit) - lse) - (j == local ? 1.0f : 0.0f)) * scale);
+  const auto gradient = [&](float logit, int64_t j) {
+    if (j >= a.num_valid) return 0.0f;
+    return (exp_fast(logit - lse) - (j == local ? 1.0f : 0.0f)) * scale;
   };
   const int64_t whole = a.width / N;
   for (int64_t i = first; i < whole; i += step) {
-    Pack<T, N> pack = load_pack<T, N>(x + i * N);
-    for (int n = 0; n < N; ++n) pack.v[n] = gradient(pack.v[n], i * N + n);
-    store_pack<T, N>(x + i * N, pack);
+    float v[N];
+    load_wide<T, N>(x, i * N, v);
+    for (int n = 0; n < N; ++n) v[n] = gradient(v[n], i * N + n);
+    store_pack<T, N>(x + i * N, narrow_pack<T, N>(v));
   }
-  for (int64_t j = whole * N + first; j < a.width; j += step) x[j] = gradient(x[j], j);
+  for (int64_t j = whole * N + first; j < a.width; j += step) narrow(gradient(widen(x[j]), j), x + j);
 }
 
 struct AdamW {
@@ -108,20 +105,19 @@ struct AdamW {
 
 template <class C, int N>
 __device__ inline void store_copy(C* p, const Pack<float, N>& values) {
-  Pack<C, N> out;
-  for (int n = 0; n < N; ++n) narrow(values.v[n], &out.v[n]);
-  store_pack<C, N>(p, out);
+  store_pack<C, N>(p, narrow_pack<C, N>(values.v));
 }
 
 template <class T, int N>
 __global__ void adamw_kernel(AdamW a) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * N;
   for (int64_t j = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N; j < a.count; j += step) {
-    const Pack<T, N> grad = load_pack<T, N>(static_cast<const T*>(a.grad) + j);
+    float grad[N];
+    load_wide<T, N>(a.grad, j, grad);
     Pack<float, N> p = load_pack<float, N>(a.master + j), m = load_pack<float, N>(a.exp_avg + j);
     Pack<float, N> v = load_pack<float, N>(a.exp_avg_sq + j);
     for (int n = 0; n < N; ++n) {
-      const float g = widen(grad.v[n]) * a.grad_scale;
+      const float g = grad[n] * a.grad_scale;
       m.v[n] += (g - m.v[n]) * a.one_minus_beta1;
       v.v[n] = v.v[n] * a.beta2 + g * g * a.one_minus_beta2;
       p.v[n] = p.v[n] * a.decay - a.step_size * m.v[n] / (sqrtf(v.v[n]) * a.inv_sqrt_bias2 + a.eps);

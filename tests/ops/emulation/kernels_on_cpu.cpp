@@ -27,6 +27,8 @@ void narrow(float a, f16* p) {
   const _Float16 h = static_cast<_Float16>(a);
   std::memcpy(p, &h, 2);
 }
+float exp2_fast(float a) { return std::exp2(a); }
+float divide_fast(float a, float b) { return a / b; }
 }  // namespace mlm::cuda
 
 #include "cuda/kernels/activation.cuh"
@@ -65,48 +67,56 @@ void norm_forward(int dtype, int aligned, const void* x, const void* residual, c
                 1e-5f, drop(seed, p)};
   by_type(dtype, aligned, [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = kNormForwardPacks;
-    const Geometry g = row_geometry(width, N, kMost, 1024);
-    if (g.packs == 0) {
-      MLM_LAUNCH((norm_forward_wide_kernel<T, N>), static_cast<unsigned>(rows), 1024, 0, 0, a);
-      return;
-    }
-    by_packs<N, kMost>(g.packs, [&](auto k) {
-      MLM_LAUNCH((norm_forward_kernel<T, N, decltype(k)::value>), row_blocks(rows, g.block), g.block, 0, 0, a);
+    constexpr int N = decltype(n)::value;
+    constexpr Share share = norm_forward_share(N);
+    const Geometry g = row_geometry(width, N, share);
+    by_residual(total != nullptr, [&](auto residual) {
+      constexpr bool kResidual = decltype(residual)::value;
+      if (g.packs == 0) {
+        MLM_LAUNCH((norm_forward_wide_kernel<T, N, kResidual>), static_cast<unsigned>(rows), 1024, 0, 0, a);
+        return;
+      }
+      by_packs<N, share.most>(g.packs, [&](auto k) {
+        MLM_LAUNCH((norm_forward_kernel<T, N, decltype(k)::value, kResidual>), row_blocks(rows, g.block), g.block, 0, 0, a);
+      });
     });
   });
 }
 
-// partials: [lines, width] each
+// partials: [lines, width] each; terms: [rows, 2]
 void norm_backward(int dtype, int aligned, const void* grad, const void* grad_total, const void* x, const float* weight,
                    const float* mean, const float* rstd, void* dx, void* dbranch, float* dweight, float* dbias,
-                   float* dpre_bias, int64_t rows, int64_t width, int64_t lines, const int64_t* seed, double p) {
-  NormBackward a{grad, grad_total, x, parameter(weight), mean, rstd, dx, dbranch, dweight, dbias, dpre_bias, rows, width,
-                 drop(seed, p)};
+                   float* dpre_bias, float* terms, int64_t rows, int64_t width, int64_t lines, const int64_t* seed,
+                   double p) {
+  NormBackward a{grad, grad_total, x, parameter(weight), mean, rstd, dx, dbranch, dweight, dbias, dpre_bias, terms, rows,
+                 width, (rows + lines - 1) / lines, drop(seed, p)};
   by_type(dtype, aligned, [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = norm_backward_packs(N);
-    const Geometry g = row_geometry(width, N, kMost, 512);
+    constexpr int N = decltype(n)::value;
     const unsigned grid = static_cast<unsigned>(lines);
-    if (g.packs == 0) {
-      MLM_LAUNCH((norm_backward_wide_kernel<T, N>), grid, 512, 0, 0, a);
-      return;
-    }
-    const size_t shared = g.block.y > 1 ? static_cast<size_t>(width) * sizeof(float) : 0;
-    by_packs<N, kMost>(g.packs, [&](auto k) {
-      MLM_LAUNCH((norm_backward_kernel<T, N, decltype(k)::value>), grid, g.block, shared, 0, a);
+    by_residual(grad_total || dbranch || dpre_bias, [&](auto residual) {
+      constexpr bool kResidual = decltype(residual)::value;
+      constexpr Share share = norm_backward_share(N, kResidual);
+      const Geometry g = row_geometry(width, N, share);
+      if (g.packs == 0) {
+        const unsigned columns = static_cast<unsigned>((width + 32 * N - 1) / (32 * N));
+        MLM_LAUNCH((norm_terms_kernel<T, N>), static_cast<unsigned>(rows), 1024, 0, 0, a);
+        MLM_LAUNCH((norm_tiles_kernel<T, N>), dim3(columns, grid), dim3(32, 8), 0, 0, a);
+        return;
+      }
+      by_packs<N, share.most>(g.packs, [&](auto k) {
+        constexpr int K = decltype(k)::value, R = norm_backward_rows(N, K, kResidual);
+        const size_t shared = 3 * static_cast<size_t>(width) * sizeof(float);
+        MLM_LAUNCH((norm_backward_kernel<T, N, K, R, kResidual, norm_backward_bound(N, K, kResidual)>), grid, g.block.x,
+                   shared, 0, a);
+      });
     });
   });
-}
-
-int64_t norm_backward_rows_per_block(int dtype, int aligned, int64_t width) {
-  const int pack = aligned ? (dtype == 0 ? 4 : 8) : 1;
-  return row_geometry(width, pack, norm_backward_packs(pack), 512).block.y;
 }
 
 void column_sums(const float* partial, float* out, int64_t lines, int64_t width) {
-  MLM_LAUNCH((column_sums_kernel<float>), static_cast<unsigned>((width + 31) / 32), dim3(32, 8), 0, 0, partial, out, lines,
-             width);
+  ColumnSums a{{partial}, {out}, {kParamFloat}, lines, width};
+  MLM_LAUNCH(column_sums_kernel, static_cast<unsigned>((width + 31) / 32), dim3(32, 32), 0, 0, a);
 }
 
 void softmax_forward(int dtype, int aligned, const void* x, void* out, void* probs, const void* mask, int mask_kind,
@@ -120,14 +130,18 @@ void softmax_forward(int dtype, int aligned, const void* x, void* out, void* pro
   a.dropout = drop(seed, p);
   by_type(dtype, aligned, [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = softmax_forward_packs(N);
-    const Geometry g = row_geometry(keys, N, kMost, 1024);
-    if (g.packs == 0) {
-      MLM_LAUNCH((softmax_forward_wide_kernel<T, N>), static_cast<unsigned>(rows), 1024, 0, 0, a);
-      return;
-    }
-    by_packs<N, kMost>(g.packs, [&](auto k) {
-      MLM_LAUNCH((softmax_forward_kernel<T, N, decltype(k)::value>), row_blocks(rows, g.block), g.block, 0, 0, a);
+    constexpr int N = decltype(n)::value;
+    by_form<N>(softmax_form(a, N), [&](auto f) {
+      constexpr int kForm = decltype(f)::value;
+      constexpr Share share = softmax_forward_share(N, kForm);
+      const Geometry g = row_geometry(keys, N, share);
+      if (g.packs == 0) {
+        MLM_LAUNCH((softmax_forward_wide_kernel<T, N, kForm>), static_cast<unsigned>(rows), 1024, 0, 0, a);
+        return;
+      }
+      by_packs<N, share.most>(g.packs, [&](auto k) {
+        MLM_LAUNCH((softmax_forward_kernel<T, N, decltype(k)::value, kForm>), row_blocks(rows, g.block), g.block, 0, 0, a);
+      });
     });
   });
 }
@@ -137,13 +151,14 @@ void softmax_backward(int dtype, int aligned, const void* grad, const void* prob
   SoftmaxBackward a{grad, probs, dx, rows, keys, scale, {causal != 0, queries, offset, window}, drop(seed, p)};
   by_type(dtype, aligned, [&](auto t, auto n) {
     using T = decltype(t);
-    constexpr int N = decltype(n)::value, kMost = softmax_backward_packs(N);
-    const Geometry g = row_geometry(keys, N, kMost, 1024);
+    constexpr int N = decltype(n)::value;
+    constexpr Share share = softmax_backward_share(N);
+    const Geometry g = row_geometry(keys, N, share);
     if (g.packs == 0) {
-      MLM_LAUNCH((softmax_backward_kernel<T, N, 0>), static_cast<unsigned>(rows), 1024, 0, 0, a);
+      MLM_LAUNCH((softmax_backward_wide_kernel<T, N>), static_cast<unsigned>(rows), 1024, 0, 0, a);
       return;
     }
-    by_packs<N, kMost>(g.packs, [&](auto k) {
+    by_packs<N, share.most>(g.packs, [&](auto k) {
       MLM_LAUNCH((softmax_backward_kernel<T, N, decltype(k)::value>), row_blocks(rows, g.block), g.block, 0, 0, a);
     });
   });
