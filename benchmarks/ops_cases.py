@@ -43,11 +43,55 @@ def _both_passes(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: l
     return work
 
 
+def _backward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Work:
+    """The backward pass alone, again and again over one forward pass."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    result = function(*leaves)
+    grad = torch.randn_like(result)
+    return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+
+
+def _forward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Work:
+    def work() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return work
+
+
 class Maker:
     """Makes cases for one device, with or without ``torch.compile`` rivals."""
 
     def __init__(self, device: str, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
+
+    def one_pass(
+        self, kind: str, width: int, dtype: torch.dtype, elements: int, *, backward: bool, compiled: bool
+    ) -> Case:
+        """A row operator forward or backward alone, over rows of one width: the table of a GPU."""
+        rows = elements // width
+        inputs = [self.randn(rows, width, dtype=dtype)]
+        name = kind
+        if kind.endswith("norm"):
+            inputs += [self.randn(width, dtype=dtype) for _ in range(2 if kind == "layer_norm" else 1)]
+        functions = {
+            "layer_norm": (ops.layer_norm, lambda x, w, b: F.layer_norm(x, (width,), w, b)),
+            "rms_norm": (ops.rms_norm, lambda x, w: F.rms_norm(x, (width,), w, 1e-5)),
+            "softmax": (lambda x: ops.scaled_masked_softmax(x, None, 1.0), lambda x: torch.softmax(x, -1)),
+        }
+        ours, torchs = functions[kind]
+        alone = _backward if backward else _forward
+        rivals = {"torch": alone(torchs, inputs)}
+        if self.compiled and compiled:
+            torch._dynamo.reset()
+            rivals["compile"] = alone(torch.compile(torchs, dynamic=False), inputs)
+        if (liger := _liger(kind)) is not None:
+            rivals["liger"] = alone(liger, inputs)
+        moved = (3 if backward else 2) * inputs[0].numel() * dtype.itemsize
+        target = {"torch": 1.0, "compile": 1.0, "liger": 1.0}
+        target["roof"] = 0.75 if backward else 0.9 if width >= 4096 else 0.8 if width >= 1024 else 0.0
+        name += " bwd" if backward else " fwd"
+        return Case(name, (rows, width), dtype, moved, alone(ours, inputs), rivals, target)
 
     def randn(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
@@ -184,6 +228,50 @@ def cases(maker: Maker, *, big_bytes: int, small: bool, only: str = "") -> list[
     return [make for name, make in made if only in name]
 
 
+def _liger(kind: str) -> Callable[..., Tensor] | None:
+    """Liger-Kernel's Triton operator, where it is installed."""
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.softmax import LigerSoftmaxFunction
+    except ImportError:
+        return None
+    return {
+        "layer_norm": lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, 1e-5),
+        # its backward pass writes into the upstream gradient unless told not to (in_place)
+        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-5, 0.0, "llama", False),
+        "softmax": LigerSoftmaxFunction.apply,
+    }[kind]
+
+
+WIDTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+def gpu_cases(maker: Maker, *, big_bytes: int, only: str = "") -> list[Callable[[], Case]]:
+    """Rows of every width in bfloat16, some in float32; then the other operators, forward and backward together."""
+    made: list[tuple[str, Callable[[], Case]]] = []
+    for kind in ("layer_norm", "rms_norm", "softmax"):
+        for dtype, widths in ((torch.bfloat16, WIDTHS), (torch.float32, (1024, 4096, 16384))):
+            for width in widths:
+                for backward in (False, True):
+                    # compiling takes seconds each: two kinds at three widths, the third at one
+                    compared = (4096,) if kind == "rms_norm" else (1024, 4096, 16384)
+                    compiled = dtype == torch.bfloat16 and width in compared
+                    make = partial(
+                        maker.one_pass,
+                        kind,
+                        width,
+                        dtype,
+                        big_bytes // dtype.itemsize,
+                        backward=backward,
+                        compiled=compiled,
+                    )
+                    made.append((kind, make))
+    others = ("residual_norm", "masked_softmax", "causal_softmax", "bias_gelu", "swiglu", "cross_entropy", "adamw_")
+    made += [(name, make) for name, make in _big_cases(maker, torch.bfloat16, big_bytes) if name in others]
+    return [make for name, make in made if only in name]
+
+
 def _big_cases(maker: Maker, dtype: torch.dtype, big_bytes: int) -> list[tuple[str, Callable[[], Case]]]:
     made: list[tuple[str, Callable[[], Case]]] = []
     elements = big_bytes // dtype.itemsize
@@ -197,7 +285,7 @@ def _big_cases(maker: Maker, dtype: torch.dtype, big_bytes: int) -> list[tuple[s
         made.append((kind, partial(maker.softmax, kind, shape, dtype, SOFTMAX_TARGET)))
     made.append(("bias_gelu", partial(maker.bias_gelu, rows, 2048, dtype)))
     made.append(("swiglu", partial(maker.swiglu, rows // 2, 2048, dtype)))
-    made.append(("cross_entropy", partial(maker.cross_entropy, 512, 50304, dtype)))
+    made.append(("cross_entropy", partial(maker.cross_entropy, 512 if maker.device == "cpu" else 4096, 50304, dtype)))
     made.append(("adamw_", partial(maker.adamw, big_bytes // 8, dtype)))
     return made
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
 
 _RANK_LOST = 6  # DESIGN section 1
+_joined = False  # this process has been one of several ranks
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def init(*, timeout_seconds: float = 1800.0) -> Env:
     """
     import torch
 
+    global _joined
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -56,6 +60,7 @@ def init(*, timeout_seconds: float = 1800.0) -> Env:
             timeout=timedelta(seconds=timeout_seconds),
             store=_supervised_store(rank, world_size, timeout_seconds),
         )
+        _joined = True
     return Env(rank, world_size, local_rank, device)
 
 
@@ -105,3 +110,23 @@ def shutdown() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; if it was one of several ranks, without taking the interpreter apart.
+
+    A thread of gloo or NCCL may let go of its last tensor late, and waits for the interpreter to do so. Before Python
+    3.14, a thread that waits for an interpreter being taken apart is ended with its C++ frames on the stack, which
+    aborts the process: a rank that has done its work would be told as lost. What others rely on at the end is done:
+    threads are waited for, exit handlers run, output is flushed.
+    """
+    if not _joined:
+        sys.exit(code)
+    with contextlib.suppress(Exception):
+        threading._shutdown()  # type: ignore[attr-defined]
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)

@@ -58,7 +58,9 @@ A first run, of seconds, on any text:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    from mlm_cli import distributed
+
+    distributed.leave(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

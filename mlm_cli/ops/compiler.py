@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def cuda_architectures() -> list[str]:
 
 
 def build_cuda(folder: Path = LIBRARY_FOLDER, *, nvcc: str | None = None) -> Path:
-    """Compile and link the CUDA library; it loads only beside a torch with CUDA.
+    """Compile and link the CUDA library; it loads beside any torch from 2.10 on that has CUDA, also one that is not here.
 
     Raises:
         BuildError: no nvcc or a failed one.
@@ -169,6 +170,7 @@ def build_cuda(folder: Path = LIBRARY_FOLDER, *, nvcc: str | None = None) -> Pat
     sources = sorted((csrc / "cuda").glob("*.cu"))
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *cuda_architectures(), *includes]
+    flags += ["--threads", str(_jobs(len(CUDA_ARCHITECTURES)))]  # architectures side by side
     with tempfile.TemporaryDirectory(prefix="mlm-build-") as scratch:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
 
@@ -179,15 +181,21 @@ def build_cuda(folder: Path = LIBRARY_FOLDER, *, nvcc: str | None = None) -> Pat
             list(pool.map(compile_one, range(len(sources))))
         built = Path(scratch) / "libmlm_cuda.so"
         link = [nvcc, "-shared", "-o", str(built), *objects, f"-L{torch_lib}", "-ltorch_cpu", "-ltorch"]
-        if (torch_lib / "libtorch_cuda.so").is_file():
-            link.append("-ltorch_cuda")
-        _run(link, "linking")
+        if not _torch_has_cuda():
+            # The library is for another machine, whose torch has CUDA: it must ask for that part of torch by name.
+            stub = [find_cxx(), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull]
+            _run([*stub, "-o", str(Path(scratch) / "libtorch_cuda.so")], "linking")
+            link.append(f"-L{scratch}")
+        _run([*link, "-Xlinker", "--no-as-needed", "-ltorch_cuda"], "linking")
         _move_into_place(built, folder / built.name)
     return folder / "libmlm_cuda.so"
 
 
 def _torch_has_cuda() -> bool:
-    return (torch_folders()[1] / "libtorch_cuda.so").is_file()
+    try:
+        return (torch_folders()[1] / "libtorch_cuda.so").is_file()
+    except BuildError:  # no torch: building for the CPU will say so
+        return False
 
 
 def build(cuda: str = "auto") -> bool:
@@ -195,18 +203,17 @@ def build(cuda: str = "auto") -> bool:
 
     ``cuda``: ``off``, ``on`` (a failure counts), or ``auto`` (where torch has CUDA and nvcc is found).
     """
+    wanted: dict[str, Callable[[], Path]] = {"CPU": build_cpu}
+    if cuda == "on" or (cuda == "auto" and find_nvcc() and _torch_has_cuda()):
+        wanted["CUDA"] = build_cuda
     good = True
-    try:
-        say(f"built {build_cpu()}")
-    except BuildError as failure:
-        say(f"CPU kernels not built, the plain-torch reference will run instead: {failure}")
-        good = False
-    if cuda == "on" or (cuda == "auto" and good and find_nvcc() and _torch_has_cuda()):
-        try:
-            say(f"built {build_cuda()}")
-        except BuildError as failure:
-            say(f"CUDA kernels not built, the plain-torch reference will run instead: {failure}")
-            good = False
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for name, building in [(name, pool.submit(make)) for name, make in wanted.items()]:
+            try:
+                say(f"built {building.result()}")
+            except BuildError as failure:
+                say(f"{name} kernels not built, the plain-torch reference will run instead: {failure}")
+                good = False
     return good
 
 

@@ -58,11 +58,30 @@ def flex_sparse_attention(
     Args:
         attend: what to call in the place of the compiled ``flex_attention`` (tests: the uncompiled one).
     """
-    mask = flex_block_mask(pattern, query.shape[2], causal, query.device, visible, segments)
+    mask = _recent_block_mask(pattern, query.shape[2], causal, query.device, visible, segments)
     attend = attend or _compiled()
     grouped = query.shape[1] != key.shape[1]
     out: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out
+
+
+# The mask made last, with what it was made from: all layers of a pass ask for the same one, and making it takes dozens of
+# small kernels. Tensors are compared by identity and version, and held, so that neither can be another's.
+_recent: tuple[Any, Any] | None = None
+
+
+def _recent_block_mask(
+    pattern: SparsePattern, length: int, causal: bool, device: torch.device, *masks: Tensor | None
+) -> Any:
+    global _recent
+    key = (pattern, length, causal, device, *(None if m is None else m._version for m in masks))
+    if _recent is not None:
+        (known, held), mask = _recent
+        if known == key and all(a is b for a, b in zip(held, masks, strict=True)):
+            return mask
+    mask = flex_block_mask(pattern, length, causal, device, *masks)
+    _recent = ((key, masks), mask)
+    return mask
 
 
 def flex_block_mask(

@@ -58,7 +58,8 @@ def _load(library: Path) -> str | None:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as failure:
-        return f"`{library.name}` does not load: {str(failure).splitlines()[0]}"
+        reason = failure.__cause__ or failure  # torch says which library, the loader says why
+        return f"`{library.name}` does not load: {str(reason).splitlines()[0]}"
     return None
 
 

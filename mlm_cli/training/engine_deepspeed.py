@@ -70,6 +70,7 @@ class DeepSpeedEngine:
         state_folder: Path | None = None,
         config_file: Path | None = None,
     ) -> None:
+        choose_accelerator(parallel)
         self.model, self.parallel, self._micro_batch_size = model, parallel, micro_batch_size
         self._module = model
         self._updates, self._stage, self._offload, self.overflowed = 0, zero, offload, False
@@ -246,12 +247,16 @@ def _join_alone(parallel: ParallelContext) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def choose_accelerator(parallel: ParallelContext) -> None:
+    """Must come before anything imports DeepSpeed, which else takes a GPU it sees though training is to be on the CPU."""
+    if parallel.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def initialize_deepspeed(
     make_module: Callable[[], nn.Module], optimizer: AdamW, config: dict[str, Any], parallel: ParallelContext, mpu: Any
 ) -> Any:
     """``deepspeed.initialize`` without its launcher, its op builders and its scheduler."""
-    if parallel.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(parallel.device.index or 0))
     import deepspeed
 

@@ -19,7 +19,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SHAPES = [(5, 1), (4, 7), (33, 129), (70, 384), (257, 768), (64, 1024), (40, 4096), (9, 8192), (7, 8200)]
-SHAPES += [(5, 16384), (3, 32768), (2, 65536), (2, 65537), (0, 16), (2, 3, 5, 48)]
+SHAPES += [(5, 16384), (300, 16384), (3, 32768), (70, 65536), (2, 65537), (5000, 512), (0, 16), (2, 3, 5, 48)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4, 7), (257, 768), (40, 4096), (3, 32776)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 7), (257, 768), (40, 4096), (9, 8192), (300, 16384), (3, 32776)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_residual_norm_equals_the_cpu(dropout: float, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The dropout mask is the same function of the seed on both devices."""

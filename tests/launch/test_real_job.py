@@ -115,3 +115,24 @@ def test_under_other_launchers(folder: Path, launcher: str) -> None:
     assert status["state"] == "finished" and status["step"] == 6
     if launcher == "deepspeed":
         assert json.loads(out) == status  # the launcher's own log is kept off stdout
+
+
+def test_a_rank_leaves_without_taking_its_interpreter_apart(folder: Path, tmp_path: Path) -> None:
+    """A thread of gloo that lets go of a tensor late would abort it then; exit handlers run all the same."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\n"
+        "def say(word, write=os.write, opened=os.open, path=os.environ.get('SAYS', '/dev/null') + os.environ.get('RANK', '')):\n"
+        "    write(opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), word)\n"
+        "class Last:\n"
+        "    def __del__(self, say=say): say(b'taken apart ')\n"
+        "last = Last()\n"
+        "atexit.register(say, b'exit handlers ')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "SAYS": str(tmp_path / "rank")}
+    command = [sys.executable, "-m", "mlm_cli", "pretrain", "debug/gpt", "data.path=data", "--output", "leaves"]
+    more = ["parallel.tensor=2", "--nproc", "2", "train.steps=6", "evaluate.every=0"]
+    done = subprocess.run([*command, *more], cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    said = {rank: (tmp_path / f"rank{rank}").read_text() for rank in ("", 0, 1)}
+    assert said[0] == said[1] == "exit handlers "
+    assert "taken apart" in said[""]  # the supervisor's end is Python's own: the test would notice
