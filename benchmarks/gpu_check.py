@@ -3,9 +3,10 @@
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --only tests,step      # some stages; those it knows are named by --help
 
-Builds the operators for this device; runs the GPU tests, ``compute-sanitizer`` over a few of them, the operator benchmark,
-steps of a GPT of 1.3 billion parameters with their model FLOPs utilisation, sparse attention, and a short `mlm pretrain`.
-Prints a table and writes ``benchmarks/results/gpu_check.json``; the exit code is 0 only if every stage passed.
+Builds the operators for this device; runs the GPU tests, ``compute-sanitizer`` over a few of them, the operator
+benchmark, steps of a GPT of 1.3 billion parameters with their model FLOPs utilisation, sparse attention, and a short
+`mlm pretrain`. Prints a table and writes ``benchmarks/results/gpu_check.json``; the exit code is 0 only if every stage
+passed.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def sparse() -> Stage:
 
 
 def pretrain() -> Stage:
-    """A short run of GPT 355M by the command, with its checkpoint; the last line of ``metrics.jsonl`` has the figures."""
+    """A short run of GPT 355M by the command, with its checkpoint; ``metrics.jsonl`` ends with the figures."""
     folder = ROOT / "runs" / "gpu-check"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -4,11 +4,11 @@
     python benchmarks/gpu_pretrain.py --no-compile     # without torch.compile of the plain loop: half of that
 
 24 layers x 2048, 16 heads, sequences of 2,048 tokens, 8 of them a step, vocabulary 50,257, no dropout, AdamW, gradients
-clipped at 1. Ours is what `mlm pretrain` builds for ``train.precision=bf16``: bfloat16 weights with float32 masters. The
-rivals are nanoGPT's model as a user would write it, under bfloat16 autocast with float32 weights and torch's fused AdamW,
-as it is and through ``torch.compile``. All take turns in one process on the same random tokens; a ratio is the median over
-rounds. MFU is model FLOP/s by Megatron-LM's formula (Narayanan et al. 2021, equation 3, without recomputation) over the
-data sheet's dense bfloat16 rate.
+clipped at 1. Ours is what `mlm pretrain` builds for ``train.precision=bf16``: bfloat16 weights with float32 masters.
+The rivals are nanoGPT's model as a user would write it, under bfloat16 autocast with float32 weights and torch's fused
+AdamW, as it is and through ``torch.compile``. All take turns in one process on the same random tokens; a ratio is the
+median over rounds. MFU is model FLOP/s by Megatron-LM's formula (Narayanan et al. 2021, equation 3, without
+recomputation) over the data sheet's dense bfloat16 rate.
 """
 
 from __future__ import annotations

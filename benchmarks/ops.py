@@ -6,9 +6,9 @@
 
 All contenders work in turns in one process; a ratio is the median over rounds of rival time / our time in that round.
 ``roof``: bytes that must move / our time, as a share of the bandwidth of ``copy_`` of a tensor of the same size,
-measured in the same rounds (``clone``, which also pays for fresh memory, is in the JSON; on a GPU it is the yardstick). The allocator keeps freed
-memory, as in training (mlm_cli/training/allocator.py); ``--fresh-memory`` leaves it as glibc has it. ``self`` is ours
-against ours: its distance from 1 is the noise. A target missed is marked with ``!``.
+measured in the same rounds (``clone``, which also pays for fresh memory, is in the JSON; on a GPU it is the yardstick).
+The allocator keeps freed memory, as in training (mlm_cli/training/allocator.py); ``--fresh-memory`` leaves it as glibc
+has it. ``self`` is ours against ours: its distance from 1 is the noise. A target missed is marked with ``!``.
 """
 
 from __future__ import annotations

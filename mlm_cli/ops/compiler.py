@@ -157,7 +157,7 @@ def cuda_architectures() -> list[str]:
 
 
 def build_cuda(folder: Path = LIBRARY_FOLDER, *, nvcc: str | None = None) -> Path:
-    """Compile and link the CUDA library; it loads beside any torch from 2.10 on that has CUDA, also one that is not here.
+    """Compile and link the CUDA library; it loads beside any torch from 2.10 on that has CUDA, here or elsewhere.
 
     Raises:
         BuildError: no nvcc or a failed one.

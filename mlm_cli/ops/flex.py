@@ -65,8 +65,8 @@ def flex_sparse_attention(
     return out
 
 
-# The mask made last, with what it was made from: all layers of a pass ask for the same one, and making it takes dozens of
-# small kernels. Tensors are compared by identity and version, and held, so that neither can be another's.
+# The mask made last, with what it was made from: all layers of a pass ask for the same one, and making it takes dozens
+# of small kernels. Tensors are compared by identity and version, and held, so that neither can be another's.
 _recent: tuple[Any, Any] | None = None
 
 

@@ -18,8 +18,8 @@ from mlm_cli.parallel.context import Group
 from mlm_cli.parallel.cross_entropy import combine_stats, valid_columns
 from mlm_cli.parallel.linear import weight_gradient
 
-# Most bytes of logits at a time: few, large blocks, because each adds to a gradient as large as the weight. On a GPU that
-# addition costs as much as the logits save.
+# Most bytes of logits at a time: few, large blocks, because each adds to a gradient as large as the weight. A GPU has
+# more memory, and spends more of its time on that addition.
 _BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 # Columns worked on at a time on the CPU. On a GPU one large product is better than many.
 _COLUMNS = 2048

@@ -248,7 +248,7 @@ def _join_alone(parallel: ParallelContext) -> None:
 
 
 def choose_accelerator(parallel: ParallelContext) -> None:
-    """Must come before anything imports DeepSpeed, which else takes a GPU it sees though training is to be on the CPU."""
+    """Before anything imports DeepSpeed, which else takes a GPU that it sees though training is to be on the CPU."""
     if parallel.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
 

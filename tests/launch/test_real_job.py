@@ -121,8 +121,9 @@ def test_a_rank_leaves_without_taking_its_interpreter_apart(folder: Path, tmp_pa
     """A thread of gloo that lets go of a tensor late would abort it then; exit handlers run all the same."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os\n"
-        "def say(word, write=os.write, opened=os.open, path=os.environ.get('SAYS', '/dev/null') + os.environ.get('RANK', '')):\n"
-        "    write(opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), word)\n"
+        "path = os.environ['SAYS'] + os.environ.get('RANK', '')\n"
+        "def say(word, file=os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), write=os.write):\n"
+        "    write(file, word)\n"
         "class Last:\n"
         "    def __del__(self, say=say): say(b'taken apart ')\n"
         "last = Last()\n"

@@ -62,7 +62,7 @@ def _close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(got, want.to(got.dtype), rtol=loose, atol=loose * scale)
 
 
-WIDTHS = [1, 5, 64, 129, 256, 1000, 2048, 4096, 8192, 8200, 16384, 36864]
+WIDTHS = [1, 5, 64, 129, 256, 1000, 2048, 4096, 8192, 8200, 16384, 16392, 36864]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +71,7 @@ WIDTHS = [1, 5, 64, 129, 256, 1000, 2048, 4096, 8192, 8200, 16384, 36864]
 def test_norms(emulated: ctypes.CDLL, kind: str, width: int, dtype: torch.dtype) -> None:
     rows = 6 if width < 3000 else 3
     if width == 36864 and dtype != torch.float32:
-        width = 69632  # past what registers hold
+        width = 69632  # past what registers hold, forward; the backward pass has its own kernels from 16,392 on
     x, grad, residual, grad_total = (torch.randn(rows, width).to(dtype) for _ in range(4))
     weight, bias, pre = torch.randn(width), torch.randn(width), torch.randn(width)
     seed, p = torch.tensor([123456789012]), 0.3 if kind == "residual" else 0.0
@@ -96,6 +96,8 @@ def test_norms(emulated: ctypes.CDLL, kind: str, width: int, dtype: torch.dtype)
         want, want_mean, want_rstd = mlm.layer_norm(x, weight, bias, 1e-5)
     _close(out, want, 4)
     torch.testing.assert_close(rstd, want_rstd, rtol=1e-4, atol=1e-5)
+    if width > 20000:  # nothing new backward, and a block of fibers takes long
+        return
 
     lines = 2  # of one row or more each
     partials = [torch.full((lines, width), 7.0) for _ in range(3)]
