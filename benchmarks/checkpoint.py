@@ -91,8 +91,8 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
         kind, model, parallel, OptimizerSettings(), dtype=torch.float32, accumulation=1, micro_batch_size=1, zero=zero
     )
 
-    def write_model(folder: Path, position: Any, metrics: Any, later: Any = None) -> None:
-        save_model_folder(model, folder, None, meta={}, later=later)
+    def write_model(folder: Path, position: Any, metrics: Any, later: Any = None) -> Any:
+        return save_model_folder(model, folder, None, meta={}, later=later)
 
     checkpointer = Checkpointer(
         RunFolder(Path(args.folder) / "run"), engine, parallel, write_model=write_model,

@@ -79,7 +79,7 @@ def save_model_folder(
         on_bytes: told the bytes of each weight file, on the rank that writes, when it is written.
 
     Returns:
-        size and SHA-256 of each weight file (empty on ranks that write nothing).
+        size and SHA-256 of each weight file (empty on ranks that write nothing; with ``later``, until that is done).
 
     Raises:
         CheckpointError: the tokenizer has more tokens than the model.
@@ -281,7 +281,8 @@ class _Writer:
             (self.folder / old).rename(self.folder / new)
             records[new] = self.records[old]
             weight_map.update(dict.fromkeys(names, new))
-        self.records = records
+        self.records.clear()  # in place: who was given them before anything was written sees them too
+        self.records.update(records)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self.folder / INDEX, index)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,8 @@ class Checkpointer:
     Args:
         write_model: ``write_model(folder, position, metrics)`` writes ``model/``; all ranks call it, rank 0 writes. The
             model's parameters are then the float32 masters. With ``background`` it is given a list as a fourth argument
-            and leaves the writing to functions that it adds there (``hub.save_model_folder``'s ``later``).
+            and leaves the writing to functions that it adds there (``hub.save_model_folder``'s ``later``). It may
+            return the records of files that were read back, by name, filled in at the latest when those are done.
         background: ``save(wait=False)`` copies the state and writes while training goes on, where memory allows.
         keep_last: how many checkpoints stay; 0: all.
         keep_best: how many of the lowest ``valid_loss`` stay beside them.
@@ -154,11 +155,11 @@ class Checkpointer:
                 lambda: collect_state(self.engine, self.streams, position, self.parallel, copy=aside)
             )
             given = (temporary / "model", position, metrics or {}, *((later,) if aside else ()))
-            agree.all_succeed(lambda: self._write_model(*given))
+            weights = agree.all_succeed(lambda: self._write_model(*given))
         except MlmError:
             agree.on_rank_zero(lambda: self.run.discard(temporary))
             raise
-        work = Work(lambda: self._write(temporary, state, later), in_thread=aside)
+        work = Work(lambda: self._write(temporary, state, later, weights), in_thread=aside)
         self._pending = _Pending(position, metrics or {}, work, time.perf_counter() - begin)
         return before if aside else self.finish()
 
@@ -220,14 +221,20 @@ class Checkpointer:
             (temporary / "state").mkdir()
 
     def _write(
-        self, temporary: Path, state: StateFile, later: list[Callable[[], None]]
+        self,
+        temporary: Path,
+        state: StateFile,
+        later: list[Callable[[], None]],
+        weights: Mapping[str, FileRecord],
     ) -> tuple[FileRecord, dict[str, FileRecord]]:
-        """This rank's part, read back: the record of its state, and on the first rank those of all other files."""
+        """This rank's part, read back: the record of its state, and on the first rank those of all other files.
+
+        Args:
+            weights: records of files of ``model/`` by name, when ``later`` is done.
+        """
         path = temporary / state.name
         with agree.disk_errors(path, "writing"):
             record = state.write(temporary)
-            if hash_file(path) != record:
-                raise CheckpointError(f"{path} reads back differently than it was written", hint="check this disk")
         with agree.disk_errors(temporary / "model", "writing"):
             for action in later:
                 action()
@@ -235,13 +242,15 @@ class Checkpointer:
             if self.parallel.world.rank == 0:
                 for name in list_files(temporary):
                     if not name.startswith("state/"):
-                        others[name] = hash_file(temporary / name)
-                        fsync_path(temporary / name)
+                        written = weights.get(name.removeprefix("model/"))  # read back and durable
+                        others[name] = hash_file(temporary / name) if written is None else written
+                        if written is None:
+                            fsync_path(temporary / name)
         return record, others
 
-    def _write_model(self, folder: Path, *given: Any) -> None:
+    def _write_model(self, folder: Path, *given: Any) -> Mapping[str, FileRecord]:
         with agree.disk_errors(folder, "writing"), self.engine.fp32_weights():
-            self.write_model(folder, *given)
+            return self.write_model(folder, *given) or {}
 
     def _gather(self, record: FileRecord) -> list[FileRecord]:
         if self.parallel.world.size == 1:

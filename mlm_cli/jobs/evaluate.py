@@ -12,6 +12,7 @@ from typing import Any
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
+from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
 from mlm_cli.errors import UsageError
@@ -49,6 +50,7 @@ def run(request: EvaluateRequest) -> int:
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
         members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
+        agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
         started, clock = time.time(), time.perf_counter()
         results = [result for name in names for result in _score(name, request, members, parallel)]
         document = results_document(

@@ -264,10 +264,10 @@ def _build_model(
     return model.train(), streams
 
 
-def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[..., None]:
+def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[..., Any]:
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> None:
+    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> Any:
         meta = {
             "name": Path(recipe.output or "model").name,
             "started from": recipe.init_from,
@@ -280,7 +280,7 @@ def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[...,
                 if name.startswith("dev_")
             },
         }
-        save_task_model(model, task, folder, meta=meta, dtype=dtype, later=later)
+        return save_task_model(model, task, folder, meta=meta, dtype=dtype, later=later)
 
     return write
 

@@ -15,6 +15,7 @@ import torch
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
+from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.weight_files import read_json
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
@@ -96,6 +97,7 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
         encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5")
         prompts = None if request.interactive else _prompts(request, encoder)
+        check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
         decoder = _decoder(request, folder, _load(request, folder, parallel))
         told.ready = True
     try:

@@ -307,7 +307,7 @@ def _model_writer(model: Model, tokenizer: Tokenizer | None, recipe: Recipe):  #
     name = Path(recipe.output or "model").name
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> None:
+    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> Any:
         meta = {
             "name": name,
             "steps": position.step,
@@ -316,7 +316,7 @@ def _model_writer(model: Model, tokenizer: Tokenizer | None, recipe: Recipe):  #
             "training loss": metrics.get("loss"),
             "validation loss": metrics.get("valid_loss"),
         }
-        save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype, later=later)
+        return save_model_folder(model, folder, tokenizer, meta=meta, dtype=dtype, later=later)
 
     return write
 

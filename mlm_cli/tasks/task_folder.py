@@ -21,6 +21,7 @@ from mlm_cli.checkpoint.hub import (
 )
 from mlm_cli.checkpoint.hub_read import LAYOUTS, find, head_tensors, key_map_of
 from mlm_cli.checkpoint.key_map import KeyMap
+from mlm_cli.checkpoint.manifest import FileRecord
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout
@@ -100,10 +101,10 @@ def save_task_model(
     meta: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     later: list[Callable[[], None]] | None = None,
-) -> None:
+) -> dict[str, FileRecord]:
     """Write the model as transformers' class for its task. All ranks call.
 
-    ``later``: as in ``save_model_folder``.
+    ``later`` and what is returned: as in ``save_model_folder``.
     """
     section, settings = model.backbone.config, {key: getattr(task.section, key) for key in task.kept}
     architecture = task.architecture(section)
@@ -115,7 +116,9 @@ def save_task_model(
     names = _head_names(section, architecture)
     tensors: dict[str, Tensor] = {names[ours]: param.detach().cpu() for ours, param in model.head.named_parameters()}
     head = Head(architecture, tensors, config)
-    save_model_folder(model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, head=head, later=later)
+    return save_model_folder(
+        model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, head=head, later=later
+    )
 
 
 def load_task_model(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mlm_cli.checkpoint import tensor_file
 from mlm_cli.checkpoint.manifest import hash_file
 from mlm_cli.checkpoint.tensor_file import write_tensors
+from mlm_cli.errors import CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,33 @@ def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
     first = write_tensors(tmp_path / "1", one, {"a": "1", "b": "2"})
     second = write_tensors(tmp_path / "2", two, {"b": "2", "a": "1"})
     assert first == second
+
+
+def test_what_reads_back_differently_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit flips behind our back, anywhere: in the first chunk, across chunks, in the odd bytes at the end."""
+    monkeypatch.setattr(tensor_file, "_CHUNK", 64)
+    tensors = {"x": torch.arange(203, dtype=torch.uint8)}
+    size = write_tensors(tmp_path / "good", tensors, {}).size
+    compare = tensor_file._compare
+    for place in (0, 9, size - 203, size - 100, size - 1):
+
+        def flipping(file: Any, contents: Any, path: Path, place: int = place) -> int:
+            byte = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ 4]), place)
+            return compare(file, contents, path)
+
+        monkeypatch.setattr(tensor_file, "_compare", flipping)
+        with pytest.raises(CheckpointError, match="reads back differently"):
+            write_tensors(tmp_path / "bad", tensors, {})
+
+
+def test_a_flush_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may take the bytes and say only when they are to be durable that it is full."""
+
+    def full(_number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensor_file, "_make_durable", full)
+    with pytest.raises(OSError, match="No space left") as failure:
+        write_tensors(tmp_path / "t", {"x": torch.ones(1000)}, {})
+    assert failure.value.errno == errno.ENOSPC

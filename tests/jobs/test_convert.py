@@ -228,9 +228,10 @@ def test_classifiers_keep_their_head(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no place for its head" in capsys.readouterr().err
 
 
-def test_damage_is_not_copied(source: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flipped bit that no format check can see: the new manifest would vouch for it."""
+def test_damage_goes_no_further(source: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit that no format check sees: a copy's manifest would vouch for it, and answers come all the same."""
     assert convert(source[0], tmp_path / "run", "--to", "mlm") == 0
+    capsys.readouterr()
     weights = tmp_path / "run" / "model" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -242,9 +243,12 @@ def test_damage_is_not_copied(source: tuple[Path, Any], tmp_path: Path, capsys: 
     for command in (
         ["convert", f"{tmp_path}/run", f"{tmp_path}/out", "--to", "hf"],
         ["finetune", f"{tmp_path}/ft.yaml"],
+        ["generate", f"{tmp_path}/run", "--prompt", "a"],
+        ["evaluate", f"{tmp_path}/run", "--task", "perplexity", "--data", f"{tmp_path}/ft.tsv"],
     ):
         assert mlm(command) == 4
-        assert "model/model.safetensors has another sha256" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert said.out == "" and "model/model.safetensors has another sha256" in said.err
     assert not (tmp_path / "out").exists()
 
 
