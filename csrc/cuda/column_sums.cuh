@@ -1,7 +1,7 @@
 // Launches the kernel that adds up lines of column sums.
 #pragma once
 
-#include "kernels/norm.cuh"
+#include "kernels/column_sums.cuh"
 #include "launch.cuh"
 
 namespace mlm::cuda {

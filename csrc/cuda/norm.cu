@@ -1,6 +1,7 @@
 // CUDA operators: layer_norm, rms_norm, residual_norm and their backward.
-#include "kernels/norm.cuh"
 #include "column_sums.cuh"
+#include "kernels/norm_backward.cuh"
+#include "kernels/norm_forward.cuh"
 #include "launch.cuh"
 
 namespace mlm::cuda {

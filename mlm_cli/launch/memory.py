@@ -19,7 +19,7 @@ from mlm_cli.models.count import layer_counts
 from mlm_cli.models.stages import balance, layer_costs
 
 ACTIVATIONS_FORMULA = "Korthikanti et al. 2022, table 2, without the attention matrix (fused attention)"
-LOSS_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time, about
+LOSS_CHUNK_BYTES = 1 << 30  # of logits at a time on a GPU (`parallel.linear_cross_entropy`)
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,14 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         # The first stage keeps a micro-batch for every stage behind it (Narayanan et al. 2021, section 2.2).
         layers, most = max(len(part) for part in balance(layer_costs(model), pipeline)), _num_layers(model)
         activations = activations * min(layers, most) * pipeline // most
-    rows = min(targets or tokens, LOSS_CHUNK_TOKENS)
+    columns = padded_vocab_size(model) // tensor
+    rows = min(targets or tokens, max(LOSS_CHUNK_BYTES // (columns * width), 32))
     return Memory(
         weights=width * params // weight_shards,
         gradients=(4 if accumulate or not half else 2) * params // grad_shards,
         optimizer=(12 if half else 8) * params // shards,
         activations=activations,
-        logits=rows * (padded_vocab_size(model) // tensor) * (width + 4),
+        logits=rows * columns * width,
         offload=recipe.parallel.offload,
     )
 

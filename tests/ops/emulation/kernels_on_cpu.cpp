@@ -32,8 +32,10 @@ float divide_fast(float a, float b) { return a / b; }
 }  // namespace mlm::cuda
 
 #include "cuda/kernels/activation.cuh"
+#include "cuda/kernels/column_sums.cuh"
 #include "cuda/kernels/geometry.cuh"
-#include "cuda/kernels/norm.cuh"
+#include "cuda/kernels/norm_backward.cuh"
+#include "cuda/kernels/norm_forward.cuh"
 #include "cuda/kernels/softmax.cuh"
 #include "cuda/kernels/training.cuh"
 

@@ -1,0 +1,45 @@
+// Adds up the lines of column sums that blocks of a backward pass leave.
+#pragma once
+
+#include "device.cuh"
+
+namespace mlm::cuda {
+
+// out[j] = sum over lines of partial[line, j], for up to three pairs of them.
+struct ColumnSums {
+  const float* partial[3];
+  void* out[3];
+  int type[3];  // ParamType
+  int64_t lines;
+  int64_t width;
+};
+
+// 32 columns by 32 threads, in a fixed order; four lines at a time, since each waits for memory. Block (32, 32), grid
+// (columns, pairs).
+inline __global__ void __launch_bounds__(1024) column_sums_kernel(ColumnSums a) {
+  __shared__ float shared[32][33];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  const float* partial = a.partial[blockIdx.y];
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (column < a.width)
+    for (int64_t line = threadIdx.y; line < a.lines; line += 128) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (line + 32 * i < a.lines) sums[i] += partial[(line + 32 * i) * a.width + column];
+    }
+  shared[threadIdx.y][threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  __syncthreads();
+  // A warp for each column: its 32 values, turned over.
+  const float sum = warp_reduce<Sum>(shared[threadIdx.x][threadIdx.y]);
+  const int64_t mine = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
+  if (threadIdx.x != 0 || mine >= a.width) return;
+  void* out = a.out[blockIdx.y];
+  if (a.type[blockIdx.y] == kParamFloat)
+    static_cast<float*>(out)[mine] = sum;
+  else if (a.type[blockIdx.y] == kParamBFloat16)
+    narrow(sum, static_cast<bf16*>(out) + mine);
+  else
+    narrow(sum, static_cast<f16*>(out) + mine);
+}
+
+}  // namespace mlm::cuda
