@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlm_cli.errors import ResourceError, UsageError
 _STEP = re.compile(r"^step-(\d{8,})$")
 _LEFTOVER = re.compile(r"^\.(tmp|trash)-step-\d+")
 _held: set[Path] = set()  # POSIX record locks do not exclude within one process
+_removals: dict[Path, threading.Thread] = {}  # what is being deleted in the background, by run folder
 
 
 def step_name(step: int) -> str:
@@ -114,12 +116,20 @@ class RunFolder:
 
     def discard(self, folder: Path) -> None:
         """Remove a checkpoint so that no half of it is ever seen under its name."""
-        if not folder.exists():
-            return
+        if folder.exists():
+            self.finish_removals()
+            shutil.rmtree(self._put_aside(folder), ignore_errors=True)
+
+    def _put_aside(self, folder: Path) -> Path:
+        """Take a folder's name away; returns the one it has now."""
         trash = folder.with_name(f".trash-{folder.name.lstrip('.')}-{os.getpid()}")
         shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        return folder.rename(trash)
+
+    def finish_removals(self) -> None:
+        """Wait until what ``prune`` took away is off the disk."""
+        if (removal := _removals.pop(self.path, None)) is not None:
+            removal.join()
 
     def remove_leftovers(self) -> None:
         """Remove what a killed run left under temporary names. Only under the lock."""
@@ -132,15 +142,29 @@ class RunFolder:
     def prune(self, keep_last: int, newest: int, also: Container[int] = ()) -> None:
         """Remove all but the best, those of ``also`` and the last ``keep_last`` checkpoints; 0 keeps all.
 
+        They are gone from the run at once, from the disk a little later: deleting large files takes seconds, for which
+        training would wait.
+
         Args:
             newest: step of the one that has just been verified. Later ones were passed over as damaged when the run
                 went on, and must take no sound one's place: they neither count nor go.
         """
         if keep_last > 0:
             best = self.best()
-            for step in [step for step in self.steps() if step <= newest][:-keep_last]:
-                if step != best and step not in also:
-                    self.discard(self.checkpoint(step))
+            old = [step for step in self.steps() if step <= newest][:-keep_last]
+            self.finish_removals()
+            trash = [self._put_aside(self.checkpoint(step)) for step in old if step != best and step not in also]
+            if trash:
+                self._remove_later(trash)
+
+    def _remove_later(self, folders: list[Path]) -> None:
+        def remove() -> None:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        removal = threading.Thread(target=remove, name="remove-checkpoints", daemon=True)
+        _removals[self.path] = removal
+        removal.start()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -169,6 +193,7 @@ class RunFolder:
                 file.flush()
                 yield
             finally:
+                self.finish_removals()
                 _held.discard(self.path)
                 with contextlib.suppress(OSError):
                     file.seek(0)

@@ -216,6 +216,7 @@ class Checkpointer:
     def _prepare(self, temporary: Path, needed: int) -> None:
         with agree.disk_errors(temporary, "making"):
             self.run.discard(temporary)
+            self.run.finish_removals()  # space that is about to be free
             check_free_space(self.run.path, needed, "a checkpoint")
             (temporary / "model").mkdir(parents=True)
             (temporary / "state").mkdir()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +78,8 @@ def test_keeps_the_newest_and_sees_only_whole_checkpoints(tmp_path: Path) -> Non
     assert run.steps() == [10, 20, 30, 100_000_000]
     run.prune(2, 100_000_000)
     assert run.steps() == [30, 100_000_000]
+    run.finish_removals()
+    assert not list(tmp_path.glob(".trash*"))
     run.prune(0, 100_000_000)
     assert run.steps() == [30, 100_000_000]
     run.set_latest(30)
@@ -88,3 +92,22 @@ def test_free_space_is_counted_before_it_is_used(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1, "a file")
     with pytest.raises(ResourceError, match=r"needs 1000000\.00 GB but only"):
         check_free_space(tmp_path, 10**15, "a checkpoint")
+
+
+def test_training_does_not_wait_for_deletions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pruned has lost its name at once; who needs the space or the lock waits for the disk's work."""
+    run, go, remove = RunFolder(tmp_path), threading.Event(), shutil.rmtree
+
+    def slow(folder: Path, **options: bool) -> None:
+        if folder.exists():
+            assert go.wait(timeout=20)
+        remove(folder, **options)
+
+    for step in (1, 2, 3):
+        (run.checkpoint(step) / "model").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    with run.lock():
+        run.prune(1, 3)
+        assert run.steps() == [3] and len(list(tmp_path.glob(".trash*"))) == 2
+        go.set()
+    assert not list(tmp_path.glob(".trash*"))
