@@ -74,12 +74,15 @@ def _recent_block_mask(
     pattern: SparsePattern, length: int, causal: bool, device: torch.device, *masks: Tensor | None
 ) -> Any:
     global _recent
-    key = (pattern, length, causal, device, *(None if m is None else m._version for m in masks))
+    # tensors of inference mode count no versions; a pass does not change its masks
+    versions = (0 if m is None or m.is_inference() else m._version for m in masks)
+    key = (pattern, length, causal, device, *versions)
     if _recent is not None:
         (known, held), mask = _recent
         if known == key and all(a is b for a, b in zip(held, masks, strict=True)):
             return mask
-    mask = flex_block_mask(pattern, length, causal, device, *masks)
+    with torch.inference_mode(False):  # kept, it may serve a pass that is differentiated
+        mask = flex_block_mask(pattern, length, causal, device, *masks)
     _recent = ((key, masks), mask)
     return mask
 

@@ -215,3 +215,25 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         SparsePattern("strided", block=64, window=100)
     with pytest.raises(ValueError, match="not a sparse pattern"):
         SparsePattern("axial")
+
+
+def test_the_block_mask_of_a_pass_is_made_once() -> None:
+    """All layers ask with the same tensors; other ones, or the same ones changed, are another question."""
+    pattern, device = ops.SparsePattern("local", block=16, window=64), torch.device("cpu")
+    segments = torch.zeros(1, 256, dtype=torch.long)
+
+    def ask(documents: torch.Tensor | None) -> Any:
+        return flex._recent_block_mask(pattern, 256, True, device, None, documents)
+
+    first = ask(segments)
+    assert ask(segments) is first
+    segments[0, 128:] = 1
+    second = ask(segments)
+    assert second is not first and ask(segments) is second
+    assert ask(segments.clone()) is not second
+    assert ask(None) is ask(None)
+    with torch.inference_mode():
+        one = torch.zeros(1, 256, dtype=torch.long)
+        assert ask(one) is ask(one)
+        flex._flex_blocks.cache_clear()
+        assert not ask(None).kv_indices.is_inference()  # may serve training next
