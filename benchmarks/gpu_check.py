@@ -1,4 +1,4 @@
-"""One command that checks everything on a GPU: ``make gpu-check``, under 8 minutes on one device from a bare checkout.
+"""One command that checks everything on a GPU: ``make gpu-check``, meant to take under 8 minutes from a bare checkout.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --only tests,step      # some stages; those it knows are named by --help

@@ -26,12 +26,8 @@ from interleave import save
 
 from mlm_cli import distributed, ops
 from mlm_cli.config.schema import ModelSection
-from mlm_cli.jobs.pretrain import objective
 from mlm_cli.models.count import flops_per_token
-from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
-from mlm_cli.training.engine import OptimizerSettings
-from mlm_cli.training.engine_choice import build_engine, choose_engine
 from mlm_cli.training.metrics import find_peak
 
 VOCAB = 50257
@@ -47,42 +43,17 @@ def section(args: argparse.Namespace) -> ModelSection:
 
 def ours(args: argparse.Namespace, rows: torch.Tensor) -> Step:
     parallel = ParallelContext.create(device=rows.device)
-    model = build_gpt(section(args), parallel, seed=1).train()
-    model.dtype = torch.bfloat16
-    settings = OptimizerSettings(betas=(0.9, 0.95), weight_decay=0.1, clip_grad=1.0)
-    engine = build_engine(
-        choose_engine("auto", zero=0, parallel=parallel), model, parallel, settings,
-        dtype=torch.bfloat16, accumulation=1, micro_batch_size=args.batch, zero=0,
-    )  # fmt: skip
-    batch = {"tokens": rows[:, :-1], "labels": rows[:, 1:]}
-
-    def step() -> torch.Tensor:
-        loss = engine.accumulate(objective, [batch])[0].loss
-        engine.step(1e-4)
-        return loss
-
-    return step
+    step = pretrain_contenders.mlm_step(section(args), parallel, torch.bfloat16, args.batch)
+    return lambda: step([rows])
 
 
 def plain(args: argparse.Namespace, rows: torch.Tensor, *, compiled: bool) -> Step:
     shape = {"LAYERS": args.layers, "HIDDEN": args.hidden, "HEADS": args.heads, "LENGTH": args.length}
     vars(pretrain_contenders).update(shape)
     with rows.device:
-        model: Any = pretrain_contenders.PlainGPT(-(-VOCAB // 1024) * 1024)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    model = torch.compile(model) if compiled else model
-
-    def step() -> torch.Tensor:
-        with torch.autocast(rows.device.type, torch.bfloat16):
-            loss: torch.Tensor = model(rows[:, :-1], rows[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+        model = pretrain_contenders.PlainGPT(-(-VOCAB // 1024) * 1024)
+    step = pretrain_contenders.plain_step(model, compiled=compiled, bf16=True)
+    return lambda: step(rows)
 
 
 def seconds(step: Step, steps: int) -> tuple[float, float]:

@@ -71,7 +71,6 @@ class Maker:
         """A row operator forward or backward alone, over rows of one width: the table of a GPU."""
         rows = elements // width
         inputs = [self.randn(rows, width, dtype=dtype)]
-        name = kind
         if kind.endswith("norm"):
             inputs += [self.randn(width, dtype=dtype) for _ in range(2 if kind == "layer_norm" else 1)]
         functions = {
@@ -90,7 +89,7 @@ class Maker:
         moved = (3 if backward else 2) * inputs[0].numel() * dtype.itemsize
         target = {"torch": 1.0, "compile": 1.0, "liger": 1.0}
         target["roof"] = 0.75 if backward else 0.9 if width >= 4096 else 0.8 if width >= 1024 else 0.0
-        name += " bwd" if backward else " fwd"
+        name = f"{kind} bwd" if backward else f"{kind} fwd"
         return Case(name, (rows, width), dtype, moved, alone(ours, inputs), rivals, target)
 
     def randn(self, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -73,24 +73,31 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def plain(args: argparse.Namespace, *, compiled: bool) -> Work:
-    """A plain loop: autocast for bf16, torch's fused AdamW."""
-    model: Any = PlainGPT(args.vocab)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+def plain_step(model: nn.Module, *, compiled: bool, bf16: bool) -> Callable[[Tensor], Tensor]:
+    """A step of a plain loop on rows of ids: autocast for bf16, torch's fused AdamW."""
     parameters = list(model.parameters())
-    model = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+    run: Any = torch.compile(model) if compiled else model
+
+    def step(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            loss: Tensor = run(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def plain(args: argparse.Namespace, *, compiled: bool) -> Work:
+    step = plain_step(PlainGPT(args.vocab), compiled=compiled, bf16=args.precision == "bf16")
     data = tokens(args.vocab, args.batch)
-    bf16 = args.precision == "bf16"
 
     def work(steps: int) -> dict[str, Any]:
         for _ in range(steps):
-            rows = next(data)
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-                loss = model(rows[:, :-1], rows[:, 1:])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = step(next(data))
         return {"loss": float(loss)}
 
     return work
@@ -183,16 +190,42 @@ def trainer(args: argparse.Namespace) -> None:
     Trainer(GPT2LMHeadModel(config), settings, train_dataset=Rows(), callbacks=[Turns()]).train()
 
 
-def mlm(args: argparse.Namespace) -> Work:
-    """Ours: model, engine and objective as `mlm pretrain` builds them, on as many ranks as this job has."""
-    from mlm_cli import distributed
-    from mlm_cli.config.schema import ModelSection
+def mlm_step(
+    section: Any, parallel: Any, dtype: torch.dtype, batch: int, *, micro_batches: int = 1, zero: int = 0
+) -> Callable[[list[Tensor]], Tensor]:
+    """Ours on micro-batches of rows of ids: model, engine and objective as `mlm pretrain` builds them."""
     from mlm_cli.jobs.pretrain import objective
     from mlm_cli.models.registry import build_gpt
-    from mlm_cli.parallel.context import ParallelContext
-    from mlm_cli.training.allocator import keep_freed_memory
     from mlm_cli.training.engine import OptimizerSettings
     from mlm_cli.training.engine_choice import build_engine, choose_engine
+
+    model = build_gpt(section, parallel, seed=1).train()
+    model.dtype = dtype
+    engine = build_engine(
+        choose_engine("auto", zero=zero, parallel=parallel),
+        model,
+        parallel,
+        OptimizerSettings(betas=BETAS, weight_decay=DECAY, clip_grad=CLIP),
+        dtype=dtype,
+        accumulation=micro_batches,
+        micro_batch_size=batch // parallel.data.size,
+        zero=zero,
+    )
+
+    def step(rows: list[Tensor]) -> Tensor:
+        outcomes = engine.accumulate(objective, [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in rows])
+        engine.step(LR)
+        return outcomes[-1].loss
+
+    return step
+
+
+def mlm(args: argparse.Namespace) -> Work:
+    """Ours, on as many ranks as this job has."""
+    from mlm_cli import distributed
+    from mlm_cli.config.schema import ModelSection
+    from mlm_cli.parallel.context import ParallelContext
+    from mlm_cli.training.allocator import keep_freed_memory
 
     env = distributed.init()
     keep_freed_memory()
@@ -202,29 +235,15 @@ def mlm(args: argparse.Namespace) -> Work:
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=LENGTH, vocab_size=args.vocab
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    model = build_gpt(section, parallel, seed=1).train()
-    model.dtype = dtype
-    settings = OptimizerSettings(betas=BETAS, weight_decay=DECAY, clip_grad=CLIP)
-    engine = build_engine(
-        choose_engine("auto", zero=zero, parallel=parallel),
-        model,
-        parallel,
-        settings,
-        dtype=dtype,
-        accumulation=args.micro_batches,
-        micro_batch_size=args.batch // parallel.data.size,
-        zero=zero,
-    )
+    step = mlm_step(section, parallel, dtype, args.batch, micro_batches=args.micro_batches, zero=zero)
     data = tokens(args.vocab, args.batch)
     mine = slice(parallel.data.rank, None, parallel.data.size)
 
     def work(steps: int) -> dict[str, Any]:
         steps = int(parallel.world.broadcast_(torch.tensor(steps)))
         for _ in range(steps):
-            rows = [next(data)[mine] for _ in range(args.micro_batches)]
-            outcomes = engine.accumulate(objective, [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in rows])
-            engine.step(LR)
-        return {"loss": float(outcomes[-1].loss)}
+            loss = step([next(data)[mine] for _ in range(args.micro_batches)])
+        return {"loss": float(loss)}
 
     return work
 

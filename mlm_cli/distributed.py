@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _RANK_LOST = 6  # DESIGN section 1
-_joined = False  # this process has been one of several ranks
+_joined = False  # this process has been in a process group
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def init(*, timeout_seconds: float = 1800.0) -> Env:
     """
     import torch
 
-    global _joined
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -53,15 +52,32 @@ def init(*, timeout_seconds: float = 1800.0) -> Env:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-            store=_supervised_store(rank, world_size, timeout_seconds),
-        )
-        _joined = True
+        store = _supervised_store(rank, world_size, timeout_seconds)
+        _join(device, rank, world_size, store, timedelta(seconds=timeout_seconds))
     return Env(rank, world_size, local_rank, device)
+
+
+def join_alone(device: torch.device) -> None:
+    """A process group of this process alone, for frameworks that want one; nothing where there is a group already."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        _join(device, 0, 1, torch.distributed.HashStore(), None)
+
+
+def _join(
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    store: torch.distributed.Store | None,
+    timeout: timedelta | None,
+) -> None:
+    import torch
+
+    global _joined
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
+    _joined = True
 
 
 def _supervised_store(rank: int, world_size: int, timeout_seconds: float) -> torch.distributed.Store | None:
@@ -113,7 +129,7 @@ def shutdown() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; if it was one of several ranks, without taking the interpreter apart.
+    """End this process; if it was in a process group, without taking the interpreter apart.
 
     A thread of gloo or NCCL may let go of its last tensor late, and waits for the interpreter to do so. Before Python
     3.14, a thread that waits for an interpreter being taken apart is ended with its C++ frames on the stack, which

@@ -38,6 +38,11 @@ inline void check_cuda_dtype(const char* op, const char* name, const Tensor& t) 
   MLM_CHECK(t.scalar_type() != ScalarType::Double, op, "`", name, "` is float64, which has kernels on the CPU only");
 }
 
+// Kernels that hold a row count its columns in 32 bits.
+inline void check_columns(const char* op, const Rows& shape) {
+  MLM_CHECK(shape.width < (int64_t{1} << 28), op, "rows of ", shape.width, " values; a kernel takes fewer than 2^28");
+}
+
 // f(T{}) with the storage type of a dtype.
 template <class F>
 void by_dtype(ScalarType type, F&& f) {

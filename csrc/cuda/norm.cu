@@ -11,16 +11,11 @@ struct Normed {
   Tensor out, mean, rstd;
 };
 
-// Columns are counted in 32 bits in the kernels.
-void check_width(const char* op, int64_t width) {
-  MLM_CHECK(width < (int64_t{1} << 28), op, "`x` has rows of ", width, " values; a kernel takes fewer than 2^28");
-}
-
 Normed run_forward(NormForward& a, const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                    double eps, bool rms) {
   check_cuda_dtype(op, "x", x);
   const Rows shape = as_rows(op, "x", x);
-  check_width(op, shape.width);
+  check_columns(op, shape);
   const Tensor w = packed(weight);
   const MaybeTensor b = bias ? MaybeTensor(packed(*bias)) : std::nullopt;
   const OnDevice device(x);
@@ -195,7 +190,7 @@ Gradients run_backward(NormBackward& a, const char* op, const Tensor& grad, cons
                        const Wanted& wanted) {
   check_cuda_dtype(op, "x", x);
   const Rows shape = as_rows(op, "x", x);
-  check_width(op, shape.width);
+  check_columns(op, shape);
   const OnDevice device(x);
   const Tensor g = packed(grad), w = packed(wanted.weight);
   const MaybeTensor gt = grad_total ? MaybeTensor(packed(*grad_total)) : std::nullopt;

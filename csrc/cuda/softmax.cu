@@ -7,11 +7,6 @@
 namespace mlm::cuda {
 namespace {
 
-// Columns are counted in 32 bits in the kernels.
-void check_keys(const char* op, int64_t keys) {
-  MLM_CHECK(keys < (int64_t{1} << 28), op, "rows of ", keys, " keys; a kernel takes fewer than 2^28");
-}
-
 std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const Tensor& scores, double scale,
                                        double dropout, const MaybeTensor& seed) {
   check_cuda_dtype(op, "scores", scores);
@@ -21,7 +16,7 @@ std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const 
   a.dropout = dropout_of(op, dropout, seed);
   Tensor out = new_like(x), probs = a.dropout.threshold ? new_like(x) : nothing(x);
   if (shape.rows == 0) return {out, probs};
-  check_keys(op, shape.width);
+  check_columns(op, shape);
   a.x = pointer(x);
   a.out = pointer(out);
   a.probs = a.dropout.threshold ? pointer(probs) : nullptr;
@@ -93,7 +88,7 @@ Tensor softmax_backward(Tensor grad, Tensor probs, MaybeTensor seed, double scal
   const OnDevice device(p);
   Tensor dx = new_like(p);
   if (shape.rows == 0) return dx;
-  check_keys(op, shape.width);
+  check_columns(op, shape);
   SoftmaxBackward a{};
   a.grad = pointer(g);
   a.probs = pointer(p);

@@ -193,12 +193,12 @@ class RunFolder:
                 file.flush()
                 yield
             finally:
-                self.finish_removals()
                 _held.discard(self.path)
                 with contextlib.suppress(OSError):
                     file.seek(0)
                     file.truncate()
                     file.flush()
+                self.finish_removals()  # under the lock, which goes with the file
 
     def _acquire(self, file: IO[str]) -> None:
         try:

@@ -16,7 +16,7 @@ from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, resolve_model
 from mlm_cli.checkpoint.load import load_state
-from mlm_cli.checkpoint.manifest import check_weights
+from mlm_cli.checkpoint.manifest import FileRecord, check_weights
 from mlm_cli.checkpoint.save import Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic
@@ -264,10 +264,12 @@ def _build_model(
     return model.train(), streams
 
 
-def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[..., Any]:
+def _model_writer(model: TaskModel, task: Task, recipe: Recipe) -> Callable[..., dict[str, FileRecord]]:
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> Any:
+    def write(
+        folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None
+    ) -> dict[str, FileRecord]:
         meta = {
             "name": Path(recipe.output or "model").name,
             "started from": recipe.init_from,

@@ -21,7 +21,7 @@ from mlm_cli.checkpoint.hub import (
     save_model_folder,
 )
 from mlm_cli.checkpoint.load import load_state
-from mlm_cli.checkpoint.manifest import check_weights
+from mlm_cli.checkpoint.manifest import FileRecord, check_weights
 from mlm_cli.checkpoint.save import Checkpointer, Identity
 from mlm_cli.checkpoint.state import Position
 from mlm_cli.config.derived import Batch, batch_arithmetic, global_batch_at
@@ -307,7 +307,9 @@ def _model_writer(model: Model, tokenizer: Tokenizer | None, recipe: Recipe):  #
     name = Path(recipe.output or "model").name
     dtype = torch.bfloat16 if recipe.checkpoint.dtype == "bf16" else None
 
-    def write(folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None) -> Any:
+    def write(
+        folder: Path, position: Position, metrics: Mapping[str, float], later: Later = None
+    ) -> dict[str, FileRecord]:
         meta = {
             "name": name,
             "steps": position.step,

@@ -17,9 +17,9 @@ from mlm_cli.config.shapes import (
 )
 from mlm_cli.models.count import layer_counts
 from mlm_cli.models.stages import balance, layer_costs
+from mlm_cli.parallel.logits import LOGITS_BYTES
 
 ACTIVATIONS_FORMULA = "Korthikanti et al. 2022, table 2, without the attention matrix (fused attention)"
-LOSS_CHUNK_BYTES = 1 << 30  # of logits at a time on a GPU (`parallel.linear_cross_entropy`)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def estimate(recipe: Recipe, *, data_parallel_size: int, accumulate: bool) -> Me
         layers, most = max(len(part) for part in balance(layer_costs(model), pipeline)), _num_layers(model)
         activations = activations * min(layers, most) * pipeline // most
     columns = padded_vocab_size(model) // tensor
-    rows = min(targets or tokens, max(LOSS_CHUNK_BYTES // (columns * width), 32))
+    rows = min(targets or tokens, max(LOGITS_BYTES["cuda"] // (columns * width), 32))
     return Memory(
         weights=width * params // weight_shards,
         gradients=(4 if accumulate or not half else 2) * params // grad_shards,

@@ -17,17 +17,16 @@ from mlm_cli import ops
 from mlm_cli.parallel.context import Group
 from mlm_cli.parallel.cross_entropy import combine_stats, valid_columns
 from mlm_cli.parallel.linear import weight_gradient
+from mlm_cli.parallel.logits import LOGITS_BYTES
 
-# Most bytes of logits at a time: few, large blocks, because each adds to a gradient as large as the weight. A GPU has
-# more memory, and spends more of its time on that addition.
-_BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 # Columns worked on at a time on the CPU. On a GPU one large product is better than many.
 _COLUMNS = 2048
 
 
-def block_tokens(num_tokens: int, v_local: int, element_size: int, device: str = "cpu") -> int:
+def block_tokens(num_tokens: int, weight: Tensor) -> int:
     """Tokens a block: as many as keep the logits within the budget, a multiple of 32, evenly spread."""
-    most = max(_BLOCK_BYTES.get(device, _BLOCK_BYTES["cpu"]) // (v_local * element_size), 32)
+    budget = LOGITS_BYTES["cpu" if weight.is_cpu else "cuda"]
+    most = max(budget // (weight.shape[0] * weight.element_size()), 32)
     blocks = max(-(-num_tokens // most), 1)
     return min(num_tokens, -(-num_tokens // (blocks * 32)) * 32) or 1
 
@@ -82,7 +81,7 @@ def token_losses(
 ) -> Tensor:
     """Loss of each token, float32 ``[t]``; no gradient. Arguments as ``vocab_parallel_linear_cross_entropy``."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-    step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size(), weight.device.type)
+    step = block_tokens(hidden.shape[0], weight)
     with torch.no_grad():
         buffer = weight.new_empty(step, weight.shape[0])
         for rows in _rows(hidden.shape[0], step):
@@ -103,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: Tensor, group: Group,
         vocab_size: int,
     ) -> Tensor:  # fmt: skip
-        step = block_tokens(hidden.shape[0], weight.shape[0], weight.element_size(), weight.device.type)
+        step = block_tokens(hidden.shape[0], weight)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         # Sums over several blocks are kept in float32: bfloat16 would lose the small ones.

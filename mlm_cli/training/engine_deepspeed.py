@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlm_cli import log
+from mlm_cli import distributed, log
 from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
 from mlm_cli.models.experts import scale_losses
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
             self.model = zero3.Gathering(runner, self.model)  # type: ignore[assignment]
         parallel = self.parallel
         if parallel.replicas.handle is None:
-            _join_alone(parallel)
+            distributed.join_alone(parallel.device)  # DeepSpeed wants a group all the same
             parallel = ParallelContext.create(device=parallel.device)
         engine = initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
         shared_collectives.install(parallel.replicas)
@@ -238,13 +238,6 @@ class DeepSpeedEngine:
         for fragment, master in zip(self.fragments(), masters, strict=True):
             fragment.tensors["master"].copy_(master.view(-1)[fragment.start : fragment.start + fragment.numel])
         self.refresh()
-
-
-def _join_alone(parallel: ParallelContext) -> None:
-    """One rank alone: DeepSpeed wants a group all the same."""
-    if not dist.is_initialized():
-        backend = "nccl" if parallel.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def choose_accelerator(parallel: ParallelContext) -> None:

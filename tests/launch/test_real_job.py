@@ -117,7 +117,15 @@ def test_under_other_launchers(folder: Path, launcher: str) -> None:
         assert json.loads(out) == status  # the launcher's own log is kept off stdout
 
 
-def test_a_rank_leaves_without_taking_its_interpreter_apart(folder: Path, tmp_path: Path) -> None:
+ALONE = ("train.engine=deepspeed", "parallel.zero=1")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(("0", "1"), ("parallel.tensor=2", "--nproc", "2")), (("",), ALONE)], ids=["two", "alone"]
+)
+def test_a_rank_leaves_without_taking_its_interpreter_apart(
+    folder: Path, tmp_path: Path, ranks: tuple[str, ...], layout: tuple[str, ...]
+) -> None:
     """A thread of gloo that lets go of a tensor late would abort it then; exit handlers run all the same."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os\n"
@@ -130,10 +138,10 @@ def test_a_rank_leaves_without_taking_its_interpreter_apart(folder: Path, tmp_pa
         "atexit.register(say, b'exit handlers ')\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "SAYS": str(tmp_path / "rank")}
-    command = [sys.executable, "-m", "mlm_cli", "pretrain", "debug/gpt", "data.path=data", "--output", "leaves"]
-    more = ["parallel.tensor=2", "--nproc", "2", "train.steps=6", "evaluate.every=0"]
+    command = [sys.executable, "-m", "mlm_cli", "pretrain", "debug/gpt", "data.path=data", "train.steps=6"]
+    more = ["--output", str(tmp_path / "run"), "evaluate.every=0", *layout]
     done = subprocess.run([*command, *more], cwd=folder, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    said = {rank: (tmp_path / f"rank{rank}").read_text() for rank in ("", 0, 1)}
-    assert said[0] == said[1] == "exit handlers "
-    assert "taken apart" in said[""]  # the supervisor's end is Python's own: the test would notice
+    assert {(tmp_path / f"rank{rank}").read_text() for rank in ranks} == {"exit handlers "}
+    if "" not in ranks:  # the supervisor's end is Python's own: the test would notice
+        assert "taken apart" in (tmp_path / "rank").read_text()

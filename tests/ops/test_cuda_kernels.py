@@ -131,7 +131,7 @@ def test_norms(emulated: ctypes.CDLL, kind: str, width: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [1, 7, 64, 257, 1024, 4096, 8200, 36864])
-@pytest.mark.parametrize("kind", ["plain", "bool", "float", "same", "causal", "window", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "bool", "float", "lowest", "same", "causal", "window", "dropout"])
 def test_softmaxes(emulated: ctypes.CDLL, kind: str, keys: int, dtype: torch.dtype) -> None:
     batch, queries = (2, 3) if keys < 5000 else (1, 2)
     rows = batch * queries
@@ -139,12 +139,15 @@ def test_softmaxes(emulated: ctypes.CDLL, kind: str, keys: int, dtype: torch.dty
     masks = {
         "bool": torch.rand(queries, keys) < 0.5,
         "float": torch.randn(batch, 1, keys),
+        "lowest": torch.randn(queries, keys),
         "same": torch.randn(batch, queries, 1).to(dtype),
     }
     mask = masks.get(kind)
     if kind == "bool":
         mask[0] = True  # a row with every key hidden
-    kinds = {"bool": 1, "float": 2, "same": 2 if dtype == torch.float32 else 3}
+    if kind == "lowest":  # how others hide: a row of it is no row of nothing
+        mask[0] = torch.finfo(torch.float32).min
+    kinds = {"bool": 1, "float": 2, "lowest": 2, "same": 2 if dtype == torch.float32 else 3}
     view = mask.expand(batch, queries, keys) if mask is not None else scores
     sizes, strides = torch.tensor([batch, queries]), torch.tensor(view.stride()[:2])
     causal = kind in ("causal", "window")

@@ -1,6 +1,7 @@
 // bias + GELU (tanh form) and SwiGLU. 0.5 (1 + tanh u) is sigmoid(2u).
 #pragma once
 
+#include "column_sums.cuh"
 #include "device.cuh"
 
 namespace mlm::cuda {
@@ -18,7 +19,7 @@ struct Activation {
 
 // The clamp keeps inf / inf out: beyond 80 the result is below 2e-35. NaN passes through it.
 __device__ inline float sigmoid(float x) {
-  return divide_fast(1.0f, 1.0f + exp2_fast(-kLog2e * (x < -80.0f ? -80.0f : x)));
+  return divide_fast(1.0f, 1.0f + exp_fast(x < -80.0f ? 80.0f : -x));
 }
 
 constexpr float kGelu = 1.5957691216057308f;  // 2 sqrt(2 / pi)
@@ -54,10 +55,9 @@ __global__ void gelu_forward_kernel(Activation a) {
   });
 }
 
-// Block (32, y): 32 packs of columns by rows_per_block rows, so that the column sums stay in registers. Grid (columns, rows).
+// Block (32, 8): 32 packs of columns by rows_per_block rows, so that the column sums stay in registers. Grid (columns, rows).
 template <class T, int N>
 __global__ void gelu_backward_kernel(Activation a) {
-  __shared__ float shared[8][32 * N + 1];
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x) * N;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * a.rows_per_block;
   const int64_t last = first + a.rows_per_block < a.rows ? first + a.rows_per_block : a.rows;
@@ -77,15 +77,7 @@ __global__ void gelu_backward_kernel(Activation a) {
       store_pack<T, N>(static_cast<T*>(a.out) + at, narrow_pack<T, N>(g));
     }
   }
-  if (!a.dbias) return;
-  for (int n = 0; n < N; ++n) shared[threadIdx.y][threadIdx.x * N + n] = sums[n];
-  __syncthreads();
-  if (threadIdx.y != 0 || column >= a.width) return;
-  for (int n = 0; n < N; ++n) {
-    float sum = 0.0f;
-    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += shared[y][threadIdx.x * N + n];
-    a.dbias[static_cast<int64_t>(blockIdx.y) * a.width + column + n] = sum;
-  }
+  if (a.dbias) write_tile_sums<N>(sums, a.dbias + static_cast<int64_t>(blockIdx.y) * a.width, column, a.width);
 }
 
 template <class T, int N>

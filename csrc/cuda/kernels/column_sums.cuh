@@ -1,9 +1,24 @@
-// Adds up the lines of column sums that blocks of a backward pass leave.
+// Sums of columns: the line that a tile of a backward pass leaves, and the adding up of lines.
 #pragma once
 
 #include "device.cuh"
 
 namespace mlm::cuda {
+
+// Writes to `line` the sums of the 8 threads of each of the 32 packs of columns of a block (32, 8). All threads come here.
+template <int N>
+__device__ inline void write_tile_sums(const float (&sums)[N], float* line, int64_t column, int64_t width) {
+  __shared__ float shared[8][32 * N + 1];
+  for (int n = 0; n < N; ++n) shared[threadIdx.y][threadIdx.x * N + n] = sums[n];
+  __syncthreads();
+  if (threadIdx.y == 0 && column < width)
+    for (int n = 0; n < N; ++n) {
+      float sum = 0.0f;
+      for (int y = 0; y < 8; ++y) sum += shared[y][threadIdx.x * N + n];
+      line[column + n] = sum;
+    }
+  __syncthreads();  // the next ones may come
+}
 
 // out[j] = sum over lines of partial[line, j], for up to three pairs of them.
 struct ColumnSums {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -96,6 +95,8 @@ float divide_fast(float a, float b);
 #endif
 
 constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ inline float exp_fast(float a) { return exp2_fast(a * kLog2e); }
 
 // N values moved by one instruction where N * sizeof(T) is 16.
 template <class T, int N>

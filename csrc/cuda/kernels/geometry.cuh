@@ -87,14 +87,18 @@ constexpr Share softmax_backward_share(int pack) {
 // f(Int<form>{}). Rows that are not aligned (N = 1) make do with the general kernel.
 template <int N, class F>
 void by_form(int form, F&& f) {
-  if (N == 1 || form == kAnything)
+  if constexpr (N == 1) {
     f(Int<kAnything>{});
-  else if (form == kPlain)
-    f(Int<kPlain>{});
-  else if (form == kCausalOnly)
-    f(Int<kCausalOnly>{});
-  else
-    f(Int<kByteMask>{});
+  } else {
+    if (form == kAnything)
+      f(Int<kAnything>{});
+    else if (form == kPlain)
+      f(Int<kPlain>{});
+    else if (form == kCausalOnly)
+      f(Int<kCausalOnly>{});
+    else
+      f(Int<kByteMask>{});
+  }
 }
 
 // f(Int<packs>{}) for the powers of two up to kMost; the caller has dealt with 0. Rows that are not aligned (N = 1) make do

@@ -2,6 +2,7 @@
 // Blocks stay for many rows and keep the sums of their columns in shared memory; rows too wide for that take two passes.
 #pragma once
 
+#include "column_sums.cuh"
 #include "device.cuh"
 #include "geometry.cuh"
 
@@ -205,35 +206,23 @@ __global__ void __launch_bounds__(1024) norm_terms_kernel(NormBackward a) {
 // Second pass: tiles of 32 packs of columns by rows_per_line rows. Block (32, 8), grid (columns, lines).
 template <class T, int N>
 __global__ void __launch_bounds__(256) norm_tiles_kernel(NormBackward a) {
-  __shared__ float shared[8][32 * N + 1];
   const uint64_t seed = a.dropout.threshold ? static_cast<uint64_t>(*a.dropout.seed) : 0;
   const int column = (static_cast<int>(blockIdx.x) * 32 + threadIdx.x) * N;
-  const bool inside = column < a.width;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * a.rows_per_line;
   const int64_t last = first + a.rows_per_line < a.rows ? first + a.rows_per_line : a.rows;
   float sums[3][N], weight[N];
   for (int n = 0; n < N; ++n) sums[0][n] = sums[1][n] = sums[2][n] = 0.0f;
-  if (inside) {
+  if (column < a.width) {
     a.weight.load<N>(column, weight);
     for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
       const RowTerms t{a.mean ? a.mean[row] : 0.0f, a.rstd[row], a.terms[2 * row], a.terms[2 * row + 1]};
       norm_gradient<T, N, true>(a, row, column, load_row_pack<T, N, true>(a, row, column), weight, t, seed, sums);
     }
   }
-  float* const outs[3] = {a.dweight, a.dbias, a.dpre_bias};
+  float* const lines[3] = {a.dweight, a.dbias, a.dpre_bias};
 #pragma unroll
-  for (int s = 0; s < 3; ++s) {
-    if (!outs[s]) continue;
-    for (int n = 0; n < N; ++n) shared[threadIdx.y][threadIdx.x * N + n] = sums[s][n];
-    __syncthreads();
-    if (threadIdx.y == 0 && inside)
-      for (int n = 0; n < N; ++n) {
-        float sum = 0.0f;
-        for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += shared[y][threadIdx.x * N + n];
-        outs[s][static_cast<int64_t>(blockIdx.y) * a.width + column + n] = sum;
-      }
-    __syncthreads();
-  }
+  for (int i = 0; i < 3; ++i)
+    if (lines[i]) write_tile_sums<N>(sums[i], lines[i] + static_cast<int64_t>(blockIdx.y) * a.width, column, a.width);
 }
 
 }  // namespace mlm::cuda

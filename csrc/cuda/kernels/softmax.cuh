@@ -1,5 +1,5 @@
-// Softmax of attention scores with scale, mask and dropout. A row is held in registers while it fits (64 values a thread of
-// half precision, 32 of float), else read twice: once with a running maximum (Milakov and Gimelshein 2018), once to write.
+// Softmax of attention scores with scale, mask and dropout. A row is held in registers while it fits (up to 32
+// values a thread), else read twice: once with a running maximum (Milakov and Gimelshein 2018), once to write.
 #pragma once
 
 #include "device.cuh"
@@ -105,8 +105,7 @@ __device__ inline ScorePack<T, N> load_scores(
   return p;
 }
 
-// Scores of one pack, scaled and masked, times log2(e), so that their exponentials are powers of two; -inf outside of the
-// visible range.
+// Scores of one pack, scaled and masked; -inf outside of the visible range.
 template <class T, int N, int kForm>
 __device__ inline void scaled_scores(
     const SoftmaxForward& a, const ScorePack<T, N>& p, int64_t mask, int column, const KeyRange& range, float* out) {
@@ -115,8 +114,7 @@ __device__ inline void scaled_scores(
     return;
   }
   widen_pack<T, N>(p.scores, out);
-  const float scale = a.scale * kLog2e;
-  for (int n = 0; n < N; ++n) out[n] *= scale;
+  for (int n = 0; n < N; ++n) out[n] *= a.scale;
   if constexpr (kForm == kByteMask) {
     for (int n = 0; n < N; ++n) out[n] = p.hidden.v[n] ? minus_infinity() : out[n];
   }
@@ -126,9 +124,9 @@ __device__ inline void scaled_scores(
       if (a.mask_kind == kBoolMask)
         out[n] = static_cast<const uint8_t*>(a.mask)[at] ? minus_infinity() : out[n];
       else if (a.mask_kind == kFloatMask)
-        out[n] += static_cast<const float*>(a.mask)[at] * kLog2e;
+        out[n] += static_cast<const float*>(a.mask)[at];
       else
-        out[n] += widen(static_cast<const T*>(a.mask)[at]) * kLog2e;
+        out[n] += widen(static_cast<const T*>(a.mask)[at]);
     }
   }
   if constexpr (kForm == kCausalOnly || kForm == kAnything) {
@@ -178,42 +176,29 @@ __global__ void __launch_bounds__(1024) softmax_forward_kernel(SoftmaxForward a)
   const RowPlan<kForm> plan(a, row);
   const T* x = static_cast<const T*>(a.x) + row * a.keys;
   const int first = threadIdx.x * N, step = blockDim.x * N;
-  // Up to 32 floats a thread are kept; beyond, the scores are, and worked out again for each pass.
-  constexpr bool kHeld = K * N <= 32;
   ScorePack<T, N> p[K];
-  float held[kHeld ? K : 1][N], v[N];
+  float v[K][N];
 #pragma unroll
   for (int k = 0; k < K; ++k) p[k] = load_scores<T, N, kForm>(a, x, plan.mask, first + k * step, plan.range);
   float top = minus_infinity();
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    float* out = kHeld ? held[kHeld ? k : 0] : v;
-    scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
-    for (int n = 0; n < N; ++n) top = Max::of(top, out[n]);
+    scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, v[k]);
+    for (int n = 0; n < N; ++n) top = Max::of(top, v[k][n]);
   }
   top = finite_top(row_reduce<Max>(top, 0));
   float sum = 0.0f;
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    float* out = kHeld ? held[kHeld ? k : 0] : v;
-    if (!kHeld) scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
+  for (int k = 0; k < K; ++k)
     for (int n = 0; n < N; ++n) {
-      out[n] = exp2_fast(out[n] - top);
-      sum += out[n];
+      v[k][n] = exp_fast(v[k][n] - top);
+      sum += v[k][n];
     }
-  }
   sum = row_reduce<Sum>(sum, 1);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (first + k * step >= a.keys) continue;
-    float* out = kHeld ? held[kHeld ? k : 0] : v;
-    if (!kHeld) {
-      scaled_scores<T, N, kForm>(a, p[k], plan.mask, first + k * step, plan.range, out);
-      for (int n = 0; n < N; ++n) out[n] = exp2_fast(out[n] - top);
-    }
-    put_probabilities<T, N, kForm>(a, row, first + k * step, out, inverse, plan.seed);
-  }
+  for (int k = 0; k < K; ++k)
+    if (first + k * step < a.keys) put_probabilities<T, N, kForm>(a, row, first + k * step, v[k], inverse, plan.seed);
 }
 
 template <class T, int N, int kForm>
@@ -229,16 +214,16 @@ __global__ void __launch_bounds__(1024) softmax_forward_wide_kernel(SoftmaxForwa
     float high = top;
     for (int n = 0; n < N; ++n) high = Max::of(high, v[n]);
     const float base = finite_top(high);
-    sum *= exp2_fast(top - base);  // 0 the first time, when top is -inf and sum is 0
+    sum *= exp_fast(top - base);  // 0 the first time, when top is -inf and sum is 0
     top = high;
-    for (int n = 0; n < N; ++n) sum += exp2_fast(v[n] - base);
+    for (int n = 0; n < N; ++n) sum += exp_fast(v[n] - base);
   }
   const float all = finite_top(row_reduce<Max>(top, 0));
-  sum = row_reduce<Sum>(sum * exp2_fast(top - all), 1);
+  sum = row_reduce<Sum>(sum * exp_fast(top - all), 1);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (column -= step; column >= 0; column -= step) {  // backwards: the end of the row is still in cache
     scaled_scores<T, N, kForm>(a, load_scores<T, N, kForm>(a, x, plan.mask, column, plan.range), plan.mask, column, plan.range, v);
-    for (int n = 0; n < N; ++n) v[n] = exp2_fast(v[n] - all);
+    for (int n = 0; n < N; ++n) v[n] = exp_fast(v[n] - all);
     put_probabilities<T, N, kForm>(a, row, column, v, inverse, plan.seed);
   }
 }

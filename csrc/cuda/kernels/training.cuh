@@ -19,8 +19,6 @@ struct CrossEntropy {
   int64_t vocab_start;
 };
 
-__device__ inline float exp_fast(float a) { return exp2_fast(a * kLog2e); }
-
 // Running maximum and the sum of exponentials below it. A NaN is in the sum.
 struct Running {
   float top = -__builtin_huge_valf();
