@@ -40,10 +40,14 @@ class Work(Generic[T]):
     def running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def result(self) -> T:
-        """Wait for the end; its value, or its error raised here."""
+    def wait(self) -> None:
+        """Until it is over, well or badly."""
         if self._thread is not None:
             self._thread.join()
+
+    def result(self) -> T:
+        """Wait for the end; its value, or its error raised here."""
+        self.wait()
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]

@@ -154,12 +154,22 @@ class Checkpointer:
             state = agree.all_succeed(
                 lambda: collect_state(self.engine, self.streams, position, self.parallel, copy=aside)
             )
+            # Nothing changes while training waits: the state is written beside `model/`, a hash on each core.
+            written = None if aside else self._start_state(temporary, state)
             given = (temporary / "model", position, metrics or {}, *((later,) if aside else ()))
-            weights = agree.all_succeed(lambda: self._write_model(*given))
+            try:
+                weights = agree.all_succeed(lambda: self._write_model(*given))
+            finally:
+                if written is not None:
+                    written.wait()
         except MlmError:
             agree.on_rank_zero(lambda: self.run.discard(temporary))
             raise
-        work = Work(lambda: self._write(temporary, state, later, weights), in_thread=aside)
+
+        def write() -> tuple[FileRecord, dict[str, FileRecord]]:
+            return self._write(temporary, written or self._start_state(temporary, state), later, weights)
+
+        work = Work(write, in_thread=aside)
         self._pending = _Pending(position, metrics or {}, work, time.perf_counter() - begin)
         return before if aside else self.finish()
 
@@ -221,24 +231,34 @@ class Checkpointer:
             (temporary / "model").mkdir(parents=True)
             (temporary / "state").mkdir()
 
+    def _start_state(self, temporary: Path, state: StateFile) -> Work[FileRecord]:
+        def write() -> FileRecord:
+            with agree.disk_errors(temporary / state.name, "writing"):
+                return state.write(temporary)
+
+        return Work(write, in_thread=True)
+
     def _write(
         self,
         temporary: Path,
-        state: StateFile,
+        state: Work[FileRecord],
         later: list[Callable[[], None]],
         weights: Mapping[str, FileRecord],
     ) -> tuple[FileRecord, dict[str, FileRecord]]:
         """This rank's part, read back: the record of its state, and on the first rank those of all other files.
 
         Args:
+            state: the writing of this rank's state, begun.
             weights: records of files of ``model/`` by name, when ``later`` is done.
         """
-        path = temporary / state.name
-        with agree.disk_errors(path, "writing"):
-            record = state.write(temporary)
+        try:
+            with agree.disk_errors(temporary / "model", "writing"):
+                for action in later:
+                    action()
+        finally:
+            state.wait()
+        record = state.result()
         with agree.disk_errors(temporary / "model", "writing"):
-            for action in later:
-                action()
             others: dict[str, FileRecord] = {}
             if self.parallel.world.rank == 0:
                 for name in list_files(temporary):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ _DTYPES = {
     torch.int32: "I32",
     torch.int64: "I64",
 }
-_CHUNK = 1 << 26  # bytes handed to the file at once
+_CHUNK = 1 << 23  # bytes handed to the file at once: still in a cache when they are hashed and compared
 _make_durable = getattr(os, "fdatasync", os.fsync)  # macOS has the latter only
 
 
@@ -59,9 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     contents = [memoryview(len(head).to_bytes(8, "little") + head)]
     contents += [_bytes_of(tensors[name]) for name in sorted(tensors)]
     with path.open("w+b", buffering=0) as file:
-        digest = _write(file, contents)
-        size = _compare(file, contents, path)
-    return FileRecord(size, digest)
+        return _write(file, contents, path)
 
 
 def _chunks(contents: Sequence[memoryview[int]]) -> Iterator[memoryview[int]]:
@@ -71,43 +70,52 @@ def _chunks(contents: Sequence[memoryview[int]]) -> Iterator[memoryview[int]]:
             yield piece[start : start + _CHUNK]
 
 
-def _write(file: FileIO, contents: Sequence[memoryview[int]]) -> str:
-    """Write all, durably; the SHA-256 of it. Hashing and flushing have a thread each, and both let others run."""
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(2, thread_name_prefix="checkpoint-file") as pool:
-        hashing: Future[Any] | None = None
-        flushing: Future[Any] | None = None
+def _write(file: FileIO, contents: Sequence[memoryview[int]], path: Path) -> FileRecord:
+    """Write all, durably; its size and SHA-256. Three threads follow: one hashes, one reads back, one flushes.
+
+    All of them let others run while they work on a chunk; what they queue are views, so that no memory is held.
+    """
+    digest, size, following = hashlib.sha256(), 0, deque[Future[None]]()
+    buffer = memoryview(bytearray(min(_CHUNK, max(map(len, contents)))))
+    with ExitStack() as stack:
+        hashing, reading, flushing = (
+            stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{what}"))
+            for what in ("hash", "read", "flush")
+        )
         try:
+            flushed: Future[None] | None = None
             for chunk in _chunks(contents):
-                if hashing is not None:
-                    hashing.result()  # in order, and no more than one chunk behind
-                hashing = pool.submit(digest.update, chunk)
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
-                if flushing is None or flushing.done():
-                    if flushing is not None:
-                        flushing.result()  # where it failed, here is where it is told
-                    flushing = pool.submit(_make_durable, file.fileno())
-        finally:
-            for work in (hashing, flushing):
-                if work is not None:
-                    work.result()
+                written = 0
+                while written < len(chunk):
+                    written += file.write(chunk[written:])
+                following += (
+                    hashing.submit(digest.update, chunk),
+                    reading.submit(_compare, file.fileno(), size, chunk, buffer, path),
+                )
+                size += len(chunk)
+                if flushed is None or flushed.done():
+                    flushed = flushing.submit(_make_durable, file.fileno())
+                    following.append(flushed)
+                while following and following[0].done():
+                    following.popleft().result()  # where it failed, here is where it is told
+            for work in following:
+                heartbeat.beat()
+                work.result()
+        except BaseException:
+            for pool in (hashing, reading, flushing):
+                pool.shutdown(wait=False, cancel_futures=True)
+            raise
     os.fsync(file.fileno())
-    return digest.hexdigest()
+    return FileRecord(size, digest.hexdigest())
 
 
-def _compare(file: FileIO, contents: Sequence[memoryview[int]], path: Path) -> int:
-    """Read the file and compare it with what was to be written; its size."""
-    buffer, size = bytearray(_CHUNK), 0
-    file.seek(0)
-    for chunk in _chunks(contents):
-        found, taken = memoryview(buffer)[: len(chunk)], 0
-        while taken < len(chunk) and (read := file.readinto(found[taken:])):
-            taken += read
-        size += taken
-        if taken < len(chunk) or not _equal(found, chunk):
-            raise CheckpointError(f"{path} reads back differently than it was written", hint="check this disk")
-    return size
+def _compare(descriptor: int, start: int, chunk: memoryview[int], buffer: memoryview[int], path: Path) -> None:
+    """Is what the file holds from byte ``start`` on what was to be written?"""
+    found, taken = buffer[: len(chunk)], 0
+    while taken < len(chunk) and (read := os.preadv(descriptor, [found[taken:]], start + taken)):
+        taken += read
+    if taken < len(chunk) or not _equal(found, chunk):
+        raise CheckpointError(f"{path} reads back differently than it was written", hint="check this disk")
 
 
 def _equal(one: memoryview[int], other: memoryview[int]) -> bool:

@@ -52,10 +52,11 @@ def test_what_reads_back_differently_is_an_error(tmp_path: Path, monkeypatch: py
     compare = tensor_file._compare
     for place in (0, 9, size - 203, size - 100, size - 1):
 
-        def flipping(file: Any, contents: Any, path: Path, place: int = place) -> int:
-            byte = os.pread(file.fileno(), 1, place)
-            os.pwrite(file.fileno(), bytes([byte[0] ^ 4]), place)
-            return compare(file, contents, path)
+        def flipping(descriptor: int, start: int, chunk: memoryview[int], *rest: Any, place: int = place) -> None:
+            if start <= place < start + len(chunk):
+                byte = os.pread(descriptor, 1, place)
+                os.pwrite(descriptor, bytes([byte[0] ^ 4]), place)
+            compare(descriptor, start, chunk, *rest)
 
         monkeypatch.setattr(tensor_file, "_compare", flipping)
         with pytest.raises(CheckpointError, match="reads back differently"):
