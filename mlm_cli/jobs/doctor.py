@@ -95,9 +95,19 @@ def _cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "products": {kind: _product_type(kind) for kind in ("bfloat16", "float16")},
         "bf16": [flag for flag in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16") if flag in flags],
         "memory_bytes": _memory(),
     }
+
+
+def _product_type(kind: str) -> str:
+    """What matrix products of this type are computed in."""
+    import torch
+
+    from mlm_cli.ops import products
+
+    return kind if products.has_products(getattr(torch, kind)) else "float32"
 
 
 def _memory() -> int | None:
@@ -154,7 +164,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"cpu        {cpu['model'] or 'unknown'}: {cpu['cores']} cores, {cpu['torch_threads']} torch threads, {memory}",
-        f"           {cpu['capability']}; bf16 matrix instructions: {', '.join(cpu['bf16']) or 'none'}",
+        f"           {cpu['capability']}; bf16 matrix instructions: {', '.join(cpu['bf16']) or 'none'}; "
+        + ", ".join(f"{kind} products in {used}" for kind, used in cpu["products"].items()),
     ]
     if not report["devices"]:
         cuda = report["distributed"].get("cuda_of_torch")

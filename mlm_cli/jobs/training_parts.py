@@ -20,6 +20,7 @@ from mlm_cli.models.attention import Attention
 from mlm_cli.models.block import Block
 from mlm_cli.models.count import FLOPS_FORMULA
 from mlm_cli.models.model import Model
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams, key_of
 from mlm_cli.training.allocator import keep_freed_memory
@@ -180,6 +181,11 @@ def build_monitor(
         total = float(parallel.world.all_reduce_(rate))
         known = None if total != total else total
         shown = f"{known / 1e12:.2f} TFLOP/s, {peak.source}" if known else peak.source
+        if products.widens(torch.empty(0, dtype=dtype, device=parallel.device)):
+            log.info(
+                f"this processor has no instructions for products in {str(dtype).removeprefix('torch.')}: "
+                "they are computed in float32, and train.precision=fp32 is as fast"
+            )
         log.detail(f"MFU: model FLOP/s ({FLOPS_FORMULA}) / matrix rate of all ranks ({shown})")
     return Monitor(
         session.run,

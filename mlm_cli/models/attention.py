@@ -20,6 +20,7 @@ from mlm_cli.models.cache import LayerCache
 from mlm_cli.models.info import SequenceInfo
 from mlm_cli.models.rotary import rotate
 from mlm_cli.models.sparse import attend_sparse, masked, pattern_of
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mlm_cli.parallel.ulysses import collect_heads, deal_heads
@@ -83,6 +84,8 @@ class SelfAttention(Attention):
         rotated = self.num_heads + self.num_groups
         kinds = [kind * self.context.size for kind in (self.num_heads, self.num_groups, self.num_groups)]
         heads = deal_heads(self.qkv(x).unflatten(-1, (sum(kinds), self.dim)), self.context, *kinds)
+        if cache is None:
+            heads = products.widened(heads)
         dropout = self.dropout if self.training else 0.0
         plain = cache is None and self.pattern is None and self.kind == "auto" and not dropout
         if plain and suits(heads, info.bias):
@@ -95,7 +98,7 @@ class SelfAttention(Attention):
                 bias=info.bias,
                 scale=self.scale,
             )
-            return self.out(collect_heads(out, self.context).flatten(2))
+            return self.out(collect_heads(out.to(x.dtype), self.context).flatten(2))
         if info.rotary is None:
             query, key, value = heads.split([self.num_heads, self.num_groups, self.num_groups], 2)
         else:
@@ -112,7 +115,7 @@ class SelfAttention(Attention):
                 key, value, info = masked(query, key, value, info, self.pattern, cached=cache is not None)
                 found = self._attend(query, key, value, info, dropout)
             out = found
-        return self.out(collect_heads(out.transpose(1, 2), self.context).flatten(2))
+        return self.out(collect_heads(out.transpose(1, 2).to(x.dtype), self.context).flatten(2))
 
     def _attend_sparse(
         self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo, dropout: float,
@@ -138,6 +141,9 @@ def attend(
         kind: ``model.attention``.
         scale: of the scores, before ``info.bias`` is added.
     """
+    if products.widens(query):
+        wide = (x.float() for x in (query, key, value))
+        return attend(kind, *wide, info, scale, dropout).to(query.dtype)
     runs = info.runs if kind == "auto" and info.bias is None and not dropout else None
     if runs is not None and ops.pays_over_dense(query, key, runs):
         return ops.interval_attention(query, key, value, *runs, scale)

@@ -23,6 +23,7 @@ from mlm_cli.models.info import SequenceInfo, encoder_info
 from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.spec import LayerSpec
 from mlm_cli.models.stages import layer_costs
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import SOLO, ParallelContext
 from mlm_cli.parallel.cross_entropy import vocab_parallel_argmax
 from mlm_cli.parallel.layers import new_parameter
@@ -39,7 +40,7 @@ class Dense(nn.Module):
         self.bias = new_parameter(rows, init="zeros", dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return products.linear(x, self.weight, self.bias)
 
 
 class BertHead(nn.Module):
@@ -136,7 +137,7 @@ class Bert(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [..., h]`` -> this rank's columns of the words' logits, ``[..., v_local]``, padding included."""
-        return F.linear(self.head.words(hidden), self.output_weight, self.head.bias)
+        return products.linear(self.head.words(hidden), self.output_weight, self.head.bias)
 
     def forward(self, tokens: Tensor, *, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """Logits of this rank's slice of the vocabulary everywhere, ``[b, s, v_local]``; arguments as ``hidden``."""
@@ -162,7 +163,7 @@ class Bert(Model):
         words, weights = self._masked(hidden, batch), batch["loss_mask"].reshape(-1).double()
         loss, count = self._masked_loss(words, batch)
         found = vocab_parallel_argmax(
-            F.linear(words, self.output_weight, self.head.bias), self.parallel.tensor, self.vocab_size
+            products.linear(words, self.output_weight, self.head.bias), self.parallel.tensor, self.vocab_size
         )
         right = ((found == batch["labels"].reshape(-1)) * weights).sum()
         rows = [torch.stack([loss.double() * count, count.double()]), torch.stack([right, count.double()])]

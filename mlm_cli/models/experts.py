@@ -20,6 +20,7 @@ from mlm_cli import ops
 from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ExpertsSection, ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, is_gated
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
@@ -166,7 +167,7 @@ class Experts(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """``[experts of this rank, capacity, h]`` -> the same."""
-        up = torch.bmm(x, self.up.transpose(1, 2))
+        up = products.bmm(x, self.up.transpose(1, 2))
         if self.up_bias is not None:
             up = up + self.up_bias[:, None]
         if self.activation == "swiglu":
@@ -178,7 +179,7 @@ class Experts(nn.Module):
             inner = F.relu(up)
         else:
             inner = (ops.bias_gelu if self.activation == "gelu" else ops.bias_gelu_erf)(up, None)
-        out = torch.bmm(inner, self.down.transpose(1, 2))
+        out = products.bmm(inner, self.down.transpose(1, 2))
         return out if self.down_bias is None else out + self.down_bias[:, None]
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_cli.config.initial_std import initial_std
@@ -18,6 +17,7 @@ from mlm_cli.models.info import SequenceInfo, build_info
 from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.spec import LayerSpec
 from mlm_cli.models.stages import layer_costs
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import new_parameter
 from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
@@ -121,7 +121,7 @@ class GPT(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [..., h]`` -> this rank's columns ``[..., v_local]``, padding included."""
-        return F.linear(hidden, self.output_weight)
+        return products.linear(hidden, self.output_weight)
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from mlm_cli.models.model import Batch, Model
 from mlm_cli.models.relative import RelativeBias
 from mlm_cli.models.spec import LayerSpec, Shared
 from mlm_cli.models.stages import layer_costs
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.cross_entropy import vocab_parallel_argmax
 from mlm_cli.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
@@ -173,7 +174,7 @@ class T5(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [..., h]`` of the decoder -> this rank's columns ``[..., v_local]``, padding included."""
-        return F.linear(self._scaled(hidden), self.output_weight)
+        return products.linear(self._scaled(hidden), self.output_weight)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """What the output layer is multiplied with."""

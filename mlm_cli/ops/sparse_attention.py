@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mlm_cli.ops import products
 from mlm_cli.ops.intervals import interval_attention, runs_of_keys, serves_intervals
 from mlm_cli.ops.softmax import scaled_causal_softmax, scaled_masked_softmax, softmax_gradient
 from mlm_cli.ops.sparse_layout import Chunk, layout_of
@@ -176,7 +177,7 @@ class _Part:
     def _probs(self, chunk: Chunk, query: Tensor, key: Tensor) -> tuple[Tensor, _Rule]:
         """Probabilities ``[b, n, rows, keys]``, and what their gradient needs to know of the softmax."""
         rows, scale = chunk.stop - chunk.start, self.setting.scale
-        scores = torch.bmm(query, key.transpose(1, 2)).view(-1, self.heads, rows, key.shape[1])
+        scores = products.bmm(query, key.transpose(1, 2)).view(-1, self.heads, rows, key.shape[1])
         hidden, bias = self._hidden(chunk), self.extra.distance_bias
         if bias is not None:
             # Scores become final ones first: their gradient is then the bias's too.
@@ -218,7 +219,7 @@ class _Part:
         for chunk in self.chunks:
             key, value = _take(self.key, chunk.keys), _take(self.value, chunk.keys)
             probs, _ = self._probs(chunk, self._rows(self.query, chunk), key)
-            rows = torch.bmm(probs.view(key.shape[0], -1, key.shape[1]), value)
+            rows = products.bmm(probs.view(key.shape[0], -1, key.shape[1]), value)
             out[:, :, chunk.start : chunk.stop] = rows.view(*out.shape[:2], -1, out.shape[3])
 
     def backward(self, grad_out: Tensor, grads: list[Tensor], grad_bias: Tensor | None) -> None:
@@ -234,14 +235,14 @@ class _Part:
             query, grad = self._rows(self.query, chunk), self._rows(grad_out, chunk)
             key, value = _take(self.key, chunk.keys), _take(self.value, chunk.keys)
             probs, rule = self._probs(chunk, query, key)
-            grad_probs = torch.bmm(grad, value.transpose(1, 2)).view_as(probs)
+            grad_probs = products.bmm(grad, value.transpose(1, 2)).view_as(probs)
             grad_scores = softmax_gradient(grad_probs, probs, **rule)
             if grad_bias is not None:
                 index = self._distances(chunk, grad_bias).flatten()
                 grad_bias.index_add_(1, index, grad_scores.sum(0, dtype=grad_bias.dtype).flatten(1))
                 grad_scores = grad_scores * self.setting.scale
             flat = grad_scores.view(key.shape[0], -1, key.shape[1])
-            rows = torch.bmm(flat, key).unflatten(1, (self.repeats, -1))
+            rows = products.bmm(flat, key).unflatten(1, (self.repeats, -1))
             grad_query[:, :, chunk.start : chunk.stop] = rows
             _add_product(grad_key, chunk.keys, flat, query)
             _add_product(grad_value, chunk.keys, probs.view_as(flat), grad)
@@ -262,6 +263,6 @@ def _add_product(total: Tensor, keys: slice | Tensor, left: Tensor, right: Tenso
     """``total[:, keys] += left^T right``."""
     left = left.transpose(1, 2)
     if isinstance(keys, slice):  # `baddbmm_` into a part of each head's keys would go head by head
-        total[:, keys] += torch.bmm(left, right)
+        total[:, keys] += products.bmm(left, right)
     else:
-        total.index_add_(1, keys, torch.bmm(left, right).to(total.dtype))
+        total.index_add_(1, keys, products.bmm(left, right).to(total.dtype))

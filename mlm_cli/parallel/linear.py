@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import Group
 
 
@@ -22,13 +22,13 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tenso
     product. Where one factor is much narrower than the other it pays to transpose that one first.
     """
     out_features, in_features = grad.shape[1], x.shape[1]
-    if grad.is_cpu and grad.dtype == torch.bfloat16:
+    if grad.is_cpu and grad.dtype == torch.bfloat16 and not products.widens(grad):
         if 2 * in_features <= out_features:
             turned = (x.t().contiguous() @ grad).t()
             return turned.contiguous() if out is None else out.copy_(turned)
         if 2 * out_features <= in_features:
             return torch.mm(grad.t().contiguous(), x, out=out)
-    return torch.mm(grad.t(), x, out=out)
+    return products.mm(grad.t(), x, out=out)
 
 
 class _Linear(torch.autograd.Function):
@@ -36,14 +36,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.with_bias = group, bias is not None
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = (flat @ weight).view(x.shape) if need_x else None
+        grad_x = products.mm(flat, weight).view(x.shape) if need_x else None
         pending = ctx.group.start_all_reduce_(grad_x) if grad_x is not None else None
         grad_weight = weight_gradient(flat, x.reshape(-1, x.shape[-1])) if need_weight else None
         grad_bias = flat.sum(0) if need_bias and ctx.with_bias else None
@@ -56,4 +56,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tens
     """``x weight^T + bias``; the gradient of ``x [..., in]`` is summed over ``group`` (of size 1: nothing to sum)."""
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias, group)
-    return F.linear(x, weight, bias)
+    return products.linear(x, weight, bias)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli import ops
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import Group
 from mlm_cli.parallel.cross_entropy import combine_stats, valid_columns
 from mlm_cli.parallel.linear import weight_gradient
@@ -53,9 +54,9 @@ class _Block:
         found = []
         for cut, first, valid in self.columns():
             if self.bias is None:
-                torch.mm(self.hidden, self.weight[cut].t(), out=logits[:, cut])
+                products.mm(self.hidden, self.weight[cut].t(), out=logits[:, cut])
             else:
-                torch.addmm(self.bias[cut], self.hidden, self.weight[cut].t(), out=logits[:, cut])
+                products.addmm(self.bias[cut], self.hidden, self.weight[cut].t(), out=logits[:, cut])
             found.append(ops.cross_entropy_stats(logits[:, cut], self.labels, first, valid))
         return combine_stats(found, self.group)
 
@@ -73,7 +74,7 @@ class _Block:
                 weight_gradient(logits[:, cut], self.hidden, out=grad_weight[cut])
             if grad_bias is not None:
                 grad_bias[cut] += logits[:, cut].sum(0, dtype=torch.float32)
-        torch.mm(logits, self.weight, out=grad_hidden)
+        products.mm(logits, self.weight, out=grad_hidden)
 
 
 def token_losses(

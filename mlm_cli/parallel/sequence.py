@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mlm_cli.ops import products
 from mlm_cli.parallel.context import Group
 from mlm_cli.parallel.linear import weight_gradient
 
@@ -52,14 +52,14 @@ class _GatheredLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.with_bias = group, bias is not None
-        return F.linear(torch.cat(group.all_gather(x), _DIM), weight, bias)
+        return products.linear(torch.cat(group.all_gather(x), _DIM), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         parts, pending = ctx.group.start_all_gather(x)
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = ctx.group.reduce_scatter((flat @ weight).view(*grad.shape[:-1], -1), _DIM)
+        grad_x = ctx.group.reduce_scatter(products.mm(flat, weight).view(*grad.shape[:-1], -1), _DIM)
         if pending is not None:
             pending.wait()
         gathered = torch.cat(parts, _DIM)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mlm_cli.ops import products
+
 # Dense matrix rates of the makers' data sheets, TFLOP/s: (bfloat16, float32 without TF32). Longest name that fits wins.
 _GPU_PEAK = {
     "B200": (2250.0, 75.0),
@@ -43,7 +45,8 @@ class Peak:
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """A GPU's rate from its data sheet; a CPU's is measured, because it depends on cores, clock and library."""
     if device.type == "cpu":
-        label = str(dtype).removeprefix("torch.")
+        wide = products.widens(torch.empty(0, dtype=dtype))
+        label = str(torch.float32 if wide else dtype).removeprefix("torch.")
         return Peak(measure_matrix_rate(dtype), f"measured {label} matrix rate of {torch.get_num_threads()} threads")
     name = torch.cuda.get_device_name(device)
     fitting = [known for known in _GPU_PEAK if known in name]
@@ -58,11 +61,11 @@ def measure_matrix_rate(dtype: torch.dtype, *, seconds: float = 0.2, size: int =
     left = torch.full((size, size), 0.5, dtype=dtype)
     right = torch.full((size, size), 0.25, dtype=dtype)
     out = torch.empty_like(left)
-    torch.mm(left, right, out=out)  # the first call sets up threads and weights
+    products.mm(left, right, out=out)  # the first call sets up threads and weights
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
         begin = time.perf_counter()
-        torch.mm(left, right, out=out)
+        products.mm(left, right, out=out)
         now = time.perf_counter()
         best = min(best, now - begin)
         if now > end:
