@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mlm_cli import log
-from mlm_cli.errors import MlmError, RankLostError, ResourceError, UsageError
+from mlm_cli.errors import CheckpointError, MlmError, RankLostError, ResourceError, UsageError
 
 BROKEN_PIPE = 128 + 13  # as if SIGPIPE had ended us
 INTERRUPTED = 130
@@ -57,6 +57,10 @@ def as_mlm_error(error: BaseException, arguments: Sequence[str] = ()) -> MlmErro
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing `{error.filename}`" if error.filename else ""
         return ResourceError(f"the disk is full{where}", hint="free some space, or choose another `--output`")
+    if isinstance(error, OSError) and error.errno == errno.EROFS:  # ext4 does this by itself to a disk with errors
+        where = f" while writing `{error.filename}`" if error.filename else ""
+        hint = "make it writable and give the same command again, or choose another `--output`"
+        return CheckpointError(f"the file system is read-only{where}", hint=hint)
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         first = text.splitlines()[0] if text else "an allocation failed"

@@ -23,6 +23,7 @@ from mlm_cli.cli.failures import exit_code_of
         (KeyboardInterrupt(), 130),
         (MemoryError(), 7),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 7),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 4),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 7),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 12 bytes"), 7),
         (ValueError("x"), 1),
