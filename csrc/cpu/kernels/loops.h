@@ -54,74 +54,26 @@ MLM_INLINE void put(T* p, V v, Tail tail, bool) {
   store(p, v, tail);
 }
 
-// Two vectors side by side. Sixteen-bit ones fill a cache line together: half a line written past the cache may leave the
-// processor before its other half arrives, and then costs two trips to memory.
-template <class V>
-struct Two {
-  using scalar = typename V::scalar;
-  static constexpr int N = 2 * V::N;
-  V a, b;
-
-  static Two set(scalar x) { return {V::set(x), V::set(x)}; }
-  friend Two operator+(Two x, Two y) { return {x.a + y.a, x.b + y.b}; }
-  friend Two operator-(Two x, Two y) { return {x.a - y.a, x.b - y.b}; }
-  friend Two operator*(Two x, Two y) { return {x.a * y.a, x.b * y.b}; }
-  friend Two operator+(Two x, V y) { return {x.a + y, x.b + y}; }
-  friend Two operator-(Two x, V y) { return {x.a - y, x.b - y}; }
-  friend Two operator*(Two x, V y) { return {x.a * y, x.b * y}; }
-};
-template <class V>
-MLM_INLINE Two<V> fma(Two<V> x, Two<V> y, Two<V> z) {
-  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)};
-}
-template <class V>
-MLM_INLINE Two<V> fma(Two<V> x, V y, Two<V> z) {
-  return {fma(x.a, y, z.a), fma(x.b, y, z.b)};
-}
-template <class V>
-MLM_INLINE Two<V> fma(Two<V> x, V y, V z) {
-  return {fma(x.a, y, z), fma(x.b, y, z)};
+// Writes vectors that lie side by side, one right after the other: where a line goes past the cache, loads between its parts
+// let some of it leave the processor before the rest arrives, and that costs two trips to memory.
+template <int K, class T, class V, class Tag>
+MLM_INLINE void put_all(T* p, const V* v, Tag tag, bool past_cache) {
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) put(p + k * V::N, v[k], tag, past_cache);
 }
 
-template <class W>
-struct As {
-  using type = W;
-};
-template <class V, class P, class Tag>
-MLM_INLINE V load_as(As<V>, const P* p, Tag tag) {
-  return load(p, tag);
-}
-template <class V, class P>
-MLM_INLINE Two<V> load_as(As<Two<V>>, const P* p, Full full) {
-  return {load(p, full), load(p + V::N, full)};
-}
-template <class P, class V>
-MLM_INLINE void store(P* p, Two<V> v, Full full) {
-  store(p, v.a, full);
-  store(p + V::N, v.b, full);
-}
-template <class T, class V>
-MLM_INLINE void stream(T* p, V a, V b) {
-  stream(p, a);
-  stream(p + V::N, b);
-}
-
-template <class T, class V>
-MLM_INLINE void put(T* p, Two<V> v, Full full, bool past_cache) {
-  if (past_cache)
-    stream(p, v.a, v.b);
-  else
-    store(p, v, full);
-}
-
-// f(column, Full | Tail, As<Two<V> | V>) over [0, end): by whole cache lines of T where two vectors fill one.
+// f(column, Full | Tail, Index<vectors from there on>) over [0, end): by whole cache lines of T while there are any. For loops
+// over several rows at once: rows of a power of two fall into the same places of the L1 cache, and a line that is left in the
+// middle is fetched again for its rest.
 template <class T, class V, class F>
 MLM_INLINE void lines(int64_t end, F&& f) {
+  constexpr int whole = 64 / static_cast<int>(sizeof(T) * V::N);
+  constexpr int K = sizeof(T) == sizeof(double) ? 1 : whole < 4 ? whole : 4;
   int64_t j = 0;
-  if constexpr (sizeof(T) * 2 == sizeof(typename V::scalar))
-    for (; j + 2 * V::N <= end; j += 2 * V::N) f(j, Full{}, As<Two<V>>{});
-  for (; j + V::N <= end; j += V::N) f(j, Full{}, As<V>{});
-  if (j < end) f(j, Tail{static_cast<int>(end - j)}, As<V>{});
+  if constexpr (K > 1)
+    for (; j + K * V::N <= end; j += K * V::N) f(j, Full{}, Index<K>{});
+  for (; j + V::N <= end; j += V::N) f(j, Full{}, Index<1>{});
+  if (j < end) f(j, Tail{static_cast<int>(end - j)}, Index<1>{});
 }
 
 // Row buffer: on the stack while it is small.

@@ -51,13 +51,19 @@ inline const T* residual_row(const NormForward& a, int64_t row, T* kept, typenam
   T* total = static_cast<T*>(a.total) + row * a.width;
   const bool drop = a.dropout.threshold != 0;
   if (drop) dropout_multipliers(a.dropout, row, 0, a.width, multipliers);
-  lines<T, V>(a.width, [&](int64_t j, auto tag, auto as) MLM_LAMBDA {
-    auto v = load_as(as, x + j, tag);
-    if (bias) v = v + load_as(as, bias + j, tag);
-    const auto r = load_as(as, residual + j, tag);
-    v = drop ? fma(v, load_as(as, multipliers + j, tag), r) : v + r;
-    put(total + j, v, tag, a.stream);
-    if (a.stream) store(kept + j, v, tag);
+  lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+    constexpr int K = vectors.value;
+    V v[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const int64_t at = j + k * V::N;
+      v[k] = load(x + at, tag);
+      if (bias) v[k] = v[k] + load(bias + at, tag);
+      const V r = load(residual + at, tag);
+      v[k] = drop ? fma(v[k], load(multipliers + at, tag), r) : v[k] + r;
+    }
+    put_all<K>(total + j, v, tag, a.stream);
+    if (a.stream) put_all<K>(kept + j, v, tag, false);
   });
   return a.stream ? kept : total;
 }
@@ -72,16 +78,24 @@ MLM_INLINE void norm_output(
   T* out = static_cast<T*>(a.out) + row * a.width;
   // The next rows are on their way while these, in the cache, keep the processor busy.
   const T* next = static_cast<const T*>(a.x) + (row + R) * a.width;
-  lines<T, V>(a.width, [&](int64_t j, auto tag, auto as) MLM_LAMBDA {
-    using W = typename decltype(as)::type;
-    const W w = load_as(as, weight + j, tag);
-    const W b = !kRms && bias ? load_as(as, bias + j, tag) : W::set(0);
+  lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+    constexpr int K = vectors.value;
+    V w[K], b[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      w[k] = load(weight + j + k * V::N, tag);
+      b[k] = !kRms && bias ? load(bias + j + k * V::N, tag) : V::set(0);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const W v = load_as(as, x[r] + j, tag);
       if (a.stream) prefetch(next + r * a.width + j);
-      const W y = kRms ? v * moments[r].rstd * w : fma((v - moments[r].mean) * moments[r].rstd, w, b);
-      put(out + r * a.width + j, y, tag, a.stream);
+      V y[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const V v = load(x[r] + j + k * V::N, tag);
+        y[k] = kRms ? v * moments[r].rstd * w[k] : fma((v - moments[r].mean) * moments[r].rstd, w[k], b[k]);
+      }
+      put_all<K>(out + r * a.width + j, y, tag, a.stream);
     }
   });
 }
@@ -162,38 +176,48 @@ inline void norm_backward_rows(const NormBackward& a, int64_t row, int64_t block
   }
   if (kResidual && dbranch)
     for (int r = 0; r < R; ++r) dropout_multipliers(a.dropout, row + r, 0, w, multipliers + r * w);
-  lines<T, V>(w, [&](int64_t j, auto tag, auto as) MLM_LAMBDA {
-    using W = typename decltype(as)::type;
-    const W wt = load_as(as, weight + j, tag);
-    W dw = load_as(as, dweight + j, tag);
-    W db = !kRms && dbias ? load_as(as, dbias + j, tag) : W::set(0);
-    W dp = kResidual && dpre ? load_as(as, dpre + j, tag) : W::set(0);
+  lines<T, V>(w, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+    constexpr int K = vectors.value;
+    V dw[K], db[K], dp[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const int64_t at = j + k * V::N;
+      dw[k] = load(dweight + at, tag);
+      db[k] = !kRms && dbias ? load(dbias + at, tag) : V::set(0);
+      dp[k] = kResidual && dpre ? load(dpre + at, tag) : V::set(0);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const W g = load_as(as, grad + r * w + j, tag), v = load_as(as, x + r * w + j, tag);
       if (a.stream) {  // the next rows
         prefetch(grad + (R + r) * w + j);
         prefetch(x + (R + r) * w + j);
       }
-      const W xhat = (kRms ? v : v - mean[r]) * rstd[r];
-      dw = fma(g, xhat, dw);
-      if (!kRms) db = db + g;
-      W d = kRms ? g * wt * rstd[r] : fma(g * wt, rstd[r], k1[r]);
-      d = fma(xhat, k2[r], d);
-      if (kResidual) {
-        if (grad_total) d = d + load_as(as, grad_total + r * w + j, tag);
-        W branch = d;
-        if (dbranch) {
-          branch = d * load_as(as, multipliers + r * w + j, tag);
-          put(dbranch + r * w + j, branch, tag, a.stream);
+      V d[K], branch[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const int64_t column = j + k * V::N, at = r * w + column;
+        const V wt = load(weight + column, tag), g = load(grad + at, tag), v = load(x + at, tag);
+        const V xhat = (kRms ? v : v - mean[r]) * rstd[r];
+        dw[k] = fma(g, xhat, dw[k]);
+        if (!kRms) db[k] = db[k] + g;
+        d[k] = kRms ? g * wt * rstd[r] : fma(g * wt, rstd[r], k1[r]);
+        d[k] = fma(xhat, k2[r], d[k]);
+        if (kResidual) {
+          if (grad_total) d[k] = d[k] + load(grad_total + at, tag);
+          branch[k] = dbranch ? d[k] * load(multipliers + at, tag) : d[k];
+          dp[k] = dp[k] + branch[k];
         }
-        dp = dp + branch;
       }
-      put(dx + r * w + j, d, tag, a.stream);
+      put_all<K>(dx + r * w + j, d, tag, a.stream);
+      if (kResidual && dbranch) put_all<K>(dbranch + r * w + j, branch, tag, a.stream);
     }
-    store(dweight + j, dw, tag);
-    if (!kRms && dbias) store(dbias + j, db, tag);
-    if (kResidual && dpre) store(dpre + j, dp, tag);
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const int64_t at = j + k * V::N;
+      store(dweight + at, dw[k], tag);
+      if (!kRms && dbias) store(dbias + at, db[k], tag);
+      if (kResidual && dpre) store(dpre + at, dp[k], tag);
+    }
   });
 }
 
