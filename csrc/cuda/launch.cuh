@@ -40,6 +40,7 @@ inline void check_cuda_dtype(const char* op, const char* name, const Tensor& t) 
 
 // Kernels that hold a row count its columns in 32 bits.
 inline void check_columns(const char* op, const Rows& shape) {
+  MLM_CHECK(shape.rows < (int64_t{1} << 31), op, shape.rows, " rows; a kernel takes fewer than 2^31");  // blocks of a grid
   MLM_CHECK(shape.width < (int64_t{1} << 28), op, "rows of ", shape.width, " values; a kernel takes fewer than 2^28");
 }
 
@@ -79,10 +80,10 @@ inline Param param(const Tensor& t) {
 }
 inline Param param(const MaybeTensor& t) { return t ? param(*t) : Param{nullptr, kParamFloat}; }
 
-inline Dropout dropout_of(const char* op, double p, const MaybeTensor& seed) {
+inline Dropout dropout_of(const char* op, double p, const MaybeTensor& seed, const Tensor& x) {
   check_probability(op, p, seed);
   if (p == 0.0) return {nullptr, 0u, 1.0f};
-  MLM_CHECK(seed->is_cuda(), op, "`seed` must be on the GPU as the input is");
+  check_device(op, "seed", *seed, x);
   return {static_cast<const int64_t*>(pointer(*seed)), dropout_threshold(p), static_cast<float>(1.0 / (1.0 - p))};
 }
 

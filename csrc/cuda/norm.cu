@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(
   a.residual = pointer(skip);
   a.pre_bias = param(pre);
   a.total = pointer(total);
-  a.dropout = dropout_of(op, dropout, seed);
+  a.dropout = dropout_of(op, dropout, seed, in);
   const Normed r = run_forward(a, op, in, weight, rms ? std::nullopt : norm_bias, eps, rms);
   return {r.out, total, r.mean, r.rstd};
 }
@@ -137,7 +137,8 @@ int shared_limit() {
 template <class Kernel>
 int64_t resident_blocks(Kernel kernel, int threads, size_t shared, int64_t rows) {
   int each = 0;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  // Always the same: what a width needs might lower it under a launch of another thread, or in a captured graph.
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit()));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared));
   const int64_t processors = num_processors(), useful = rows / (processors * 24);
   each = each > useful ? static_cast<int>(useful) : each;
@@ -252,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   NormBackward a{};
   a.mean = rms ? nullptr : static_cast<const float*>(pointer(mean));
   a.rstd = static_cast<const float*>(pointer(rstd));
-  a.dropout = dropout_of(op, dropout, seed);
+  a.dropout = dropout_of(op, dropout, seed, in);
   const Gradients r = run_backward(a, op, grad, grad_total, in, {weight, rms ? std::nullopt : norm_bias, bias});
   return {r.dx, r.dbranch, r.dweight, r.dbias, r.dpre_bias};
 }

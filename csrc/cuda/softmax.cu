@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> run_forward(SoftmaxForward& a, const char* op, const 
   const Rows shape = as_rows(op, "scores", scores);
   const Tensor x = packed(scores);
   const OnDevice device(x);
-  a.dropout = dropout_of(op, dropout, seed);
+  a.dropout = dropout_of(op, dropout, seed, x);
   Tensor out = new_like(x), probs = a.dropout.threshold ? new_like(x) : nothing(x);
   if (shape.rows == 0) return {out, probs};
   check_columns(op, shape);
@@ -98,7 +98,7 @@ Tensor softmax_backward(Tensor grad, Tensor probs, MaybeTensor seed, double scal
   a.scale = static_cast<float>(scale);
   if (causal) a.causal = causal_of(offset, window);
   a.causal.queries = p.dim() >= 2 ? p.size(p.dim() - 2) : 1;
-  a.dropout = dropout_of(op, dropout, seed);
+  a.dropout = dropout_of(op, dropout, seed, p);
   by_pack(p.scalar_type(), aligned(p, shape.width, a.grad, a.probs, a.dx), [&](auto t, auto n) {
     using T = decltype(t);
     constexpr int N = decltype(n)::value;

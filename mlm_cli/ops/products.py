@@ -9,23 +9,28 @@ Each function is torch's of the same name, autograd included.
 
 from __future__ import annotations
 
-from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@cache
+def _ask() -> dict[torch.dtype, bool]:
+    if not torch.backends.mkldnn.is_available():
+        return {torch.bfloat16: False, torch.float16: False}
+    return {
+        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    }
+
+
+_HAS_PRODUCTS = _ask()  # once: torch.compile cannot look into the questions
+
+
 def has_products(dtype: torch.dtype) -> bool:
     """Does this processor multiply matrices of bfloat16 or float16 faster than element by element?"""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    ask = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return bool(ask[dtype]())
+    return _HAS_PRODUCTS[dtype]
 
 
 def widens(x: Tensor) -> bool:
@@ -54,12 +59,29 @@ def addmm(bias: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def bmm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not widens(left):
         return torch.bmm(left, right, out=out)
-    product = torch.bmm(left.float(), right.float())
-    return product.to(left.dtype) if out is None else out.copy_(product)
+    return _Bmm.apply(left, right) if out is None else out.copy_(torch.bmm(left.float(), right.float()))
+
+
+class _Bmm(torch.autograd.Function):
+    """Keeps the factors as they were given: weights of experts among them, which widened ones would be beside."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return torch.bmm(left.float(), right.float()).to(left.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        need_left, need_right = ctx.needs_input_grad
+        return (
+            bmm(grad, right.transpose(1, 2)) if need_left else None,
+            bmm(left.transpose(1, 2), grad) if need_right else None,
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # A single row is a product of matrix and vector, which torch has loops for that pay.
-    if not widens(x) or x.shape[:-1].numel() == 1:
+    # A few rows do not pay for widening a whole weight; with gradients there are more products to come than this one.
+    if not widens(x) or (x.shape[:-1].numel() <= 3 and not torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

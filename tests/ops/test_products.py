@@ -55,6 +55,36 @@ def test_gradients_have_the_type_of_their_factors() -> None:
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.usefixtures("no_instructions")
+def test_nothing_wide_is_kept_for_the_backward_pass_of_experts() -> None:
+    """Their weights are most of a model: copies in float32 would take twice its memory."""
+    kept: list[torch.dtype] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(x.dtype)
+        return x
+
+    left, right = make(3, 4, 6).requires_grad_(), make(3, 6, 5, seed=1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        product = products.bmm(left, right)
+    product.float().square().sum().backward()
+    assert kept == [torch.bfloat16, torch.bfloat16]
+    exact = [factor.detach().double().requires_grad_() for factor in (left, right)]
+    torch.bmm(*exact).square().sum().backward()
+    for mine, theirs in zip((left, right), exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None and mine.grad.dtype == mine.dtype
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.03, atol=0.05)
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    def several(x: Tensor, weight: Tensor) -> Tensor:
+        return products.widened(products.linear(x, weight)) + products.mm(x, weight.t()).float()
+
+    compiled = torch.compile(several, backend="eager", fullgraph=True)
+    x, weight = make(8, 16), make(4, 16, seed=1)
+    assert torch.equal(compiled(x, weight), several(x, weight))
+
+
 def test_float32_and_a_processor_with_instructions_go_straight_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.bfloat16)
     assert not products.widens(make(2, 2, dtype=torch.float32)) and not products.widens(make(2, 2))

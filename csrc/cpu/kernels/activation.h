@@ -31,14 +31,16 @@ void gelu_forward(const Activation& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
-    if (bias)
-      columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
-        put(out + j, gelu(load(x + j, tag) + load(bias + j, tag)), tag, a.stream);
-      });
-    else
-      columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
-        put(out + j, gelu(load(x + j, tag)), tag, a.stream);
-      });
+    lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+      constexpr int K = vectors.value;
+      V y[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const int64_t at = j + k * V::N;
+        y[k] = gelu(bias ? load(x + at, tag) + load(bias + at, tag) : load(x + at, tag));
+      }
+      put_all<K>(out + j, y, tag, a.stream);
+    });
   }
   if (a.stream) fence();
 }
@@ -56,12 +58,18 @@ void gelu_backward(const Activation& a, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(a.x) + row * a.width;
       const T* g = static_cast<const T*>(a.grad) + row * a.width;
       T* dx = static_cast<T*>(a.out) + row * a.width;
-      columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
-        V v = load(x + j, tag);
-        if (bias) v = v + load(bias + j, tag);
-        const V d = inside(load(g + j, tag) * gelu_slope(v), tag, A(0));
-        put(dx + j, d, tag, a.stream);
-        if (dbias) store(dbias + j, load(dbias + j, tag) + d, tag);
+      lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+        constexpr int K = vectors.value;
+        V d[K];
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) {
+          const int64_t at = j + k * V::N;
+          V v = load(x + at, tag);
+          if (bias) v = v + load(bias + at, tag);
+          d[k] = inside(load(g + at, tag) * gelu_slope(v), tag, A(0));
+          if (dbias) store(dbias + at, load(dbias + at, tag) + d[k], tag);
+        }
+        put_all<K>(dx + j, d, tag, a.stream);
       });
     }
   }
@@ -74,9 +82,15 @@ void swiglu_forward(const Activation& a, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(a.x) + row * 2 * a.width;
     const T* up = gate + a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
-    columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
-      const V x = load(gate + j, tag);
-      put(out + j, x * sigmoid(x) * load(up + j, tag), tag, a.stream);
+    lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+      constexpr int K = vectors.value;
+      V y[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const V x = load(gate + j + k * V::N, tag);
+        y[k] = x * sigmoid(x) * load(up + j + k * V::N, tag);
+      }
+      put_all<K>(out + j, y, tag, a.stream);
     });
   }
   if (a.stream) fence();
@@ -90,13 +104,20 @@ void swiglu_backward(const Activation& a, int64_t begin, int64_t end) {
     const T* g = static_cast<const T*>(a.grad) + row * a.width;
     T* dgate = static_cast<T*>(a.out) + row * 2 * a.width;
     T* dup = dgate + a.width;
-    columns<V::N>(0, a.width, [&](int64_t j, auto tag) MLM_LAMBDA {
-      const V x = load(gate + j, tag), grad = load(g + j, tag);
-      const V s = sigmoid(x);
-      const V silu = x * s;
-      const V slope = fma(silu, V::set(1) - s, s);
-      put(dgate + j, grad * load(up + j, tag) * slope, tag, a.stream);
-      put(dup + j, grad * silu, tag, a.stream);
+    lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+      constexpr int K = vectors.value;
+      V of_gate[K], of_up[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const int64_t at = j + k * V::N;
+        const V x = load(gate + at, tag), grad = load(g + at, tag);
+        const V s = sigmoid(x);
+        const V silu = x * s;
+        of_gate[k] = grad * load(up + at, tag) * fma(silu, V::set(1) - s, s);
+        of_up[k] = grad * silu;
+      }
+      put_all<K>(dgate + j, of_gate, tag, a.stream);
+      put_all<K>(dup + j, of_up, tag, a.stream);
     });
   }
   if (a.stream) fence();

@@ -5,12 +5,14 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <vector>
 
 #define __device__
@@ -96,9 +98,14 @@ inline void run_block() {
     f.context.uc_link = &scheduler;
     makecontext(&f.context, entry, 0);
   }
+  // Warps take turns in any order between two barriers, as on a GPU: what relies on theirs comes out differently.
+  static std::minstd_rand any(1);
+  std::vector<size_t> order;
+  for (size_t i = 0; i < count; i += 32) order.push_back(i);
   for (bool busy = true; busy;) {
     busy = false;
-    for (size_t i = 0; i < count; i += 32) {
+    std::shuffle(order.begin(), order.end(), any);
+    for (const size_t i : order) {
       if (fibers[i].state == kDone) continue;
       run_warp(i, i + 32);
       busy = busy || fibers[i].state == kBarrier;
