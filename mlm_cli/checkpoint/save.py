@@ -251,14 +251,13 @@ class Checkpointer:
             state: the writing of this rank's state, begun.
             weights: records of files of ``model/`` by name, when ``later`` is done.
         """
-        try:
-            with agree.disk_errors(temporary / "model", "writing"):
+        with agree.disk_errors(temporary / "model", "writing"):
+            try:
                 for action in later:
                     action()
-        finally:
-            state.wait()
-        record = state.result()
-        with agree.disk_errors(temporary / "model", "writing"):
+            finally:
+                state.wait()
+            record = state.result()
             others: dict[str, FileRecord] = {}
             if self.parallel.world.rank == 0:
                 for name in list_files(temporary):

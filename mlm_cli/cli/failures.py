@@ -54,11 +54,10 @@ def as_mlm_error(error: BaseException, arguments: Sequence[str] = ()) -> MlmErro
         return _usage(error, arguments)
     if type(error).__name__ == "Abort":
         return UsageError("no more input", hint="`--help` shows how to give it on the command line")
+    where = f" while writing `{error.filename}`" if isinstance(error, OSError) and error.filename else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing `{error.filename}`" if error.filename else ""
         return ResourceError(f"the disk is full{where}", hint="free some space, or choose another `--output`")
     if isinstance(error, OSError) and error.errno == errno.EROFS:  # ext4 does this by itself to a disk with errors
-        where = f" while writing `{error.filename}`" if error.filename else ""
         hint = "make it writable and give the same command again, or choose another `--output`"
         return CheckpointError(f"the file system is read-only{where}", hint=hint)
     text = str(error)

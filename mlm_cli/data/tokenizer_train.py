@@ -50,8 +50,8 @@ def train_tokenizer(
     (Han characters, say): the rarest are left out, to be unknown or, with byte fallback, spelled in bytes.
 
     Args:
-        read: gives the texts from the beginning; called again when characters have to be left out, and None then says
-            that they cannot be read again.
+        read: gives the texts from the beginning; called again for WordPiece, and when characters have to be left out.
+            None then says that they cannot be read again: a WordPiece vocabulary is then another each time.
         kind: `bpe` (byte-level, as GPT-2: Radford et al. 2019; every byte has a token), `wordpiece` (BERT: Devlin et
             al. 2019), `unigram` (SentencePiece: Kudo 2018).
         vocab_size: special tokens included; the result may be smaller when the text gives fewer, never larger.
@@ -93,6 +93,8 @@ def train_tokenizer(
         definition = _train(start, trainer, _Counter(text.translate(rare) for text in again))
         if definition is None:
             raise UsageError(f"a {kind} vocabulary of {vocab_size} is too small", hint="give a larger --vocab-size")
+    if kind == "wordpiece" and (again := read()) is not None:
+        definition = _number_continuations(start, trainer, names, definition, _Counter(again))
     _add_bytes_and_sentinels(definition, byte_fallback=byte_fallback, sentinels=chosen == "t5")
     files = TokenizerFiles(definition, roles, kind)
     ids = {entry["content"]: entry["id"] for entry in definition["added_tokens"]}
@@ -122,6 +124,23 @@ def _train(start: dict[str, Any], trainer: Any, texts: _Counter) -> dict[str, An
         raise DataError("no text to train on")
     found: dict[str, Any] = json.loads(tokenizer.to_str())
     return found
+
+
+def _number_continuations(
+    start: dict[str, Any], trainer: Any, names: list[str], found: dict[str, Any], texts: _Counter
+) -> dict[str, Any]:
+    """Train WordPiece once more, now with single continuations (``##a``) numbered in order: equal texts, equal tokens.
+
+    The library numbers them as its hash map of words happens to lie, which decides between equally common pairs too.
+    Those that stand first, as special tokens do, keep their number; special they are not, and are taken off that list.
+    """
+    pieces = sorted(token for token in found["model"]["vocab"] if token.startswith("##") and len(token) == len("##a"))
+    trainer.special_tokens = [*names, *pieces]
+    definition = _train(start, trainer, texts)
+    assert definition is not None, "a vocabulary that held these characters does so again"
+    known = set(pieces)
+    definition["added_tokens"] = [entry for entry in definition["added_tokens"] if entry["content"] not in known]
+    return definition
 
 
 def _commonest(counts: Counter[str], limit: int, *, lowercase: bool) -> set[str]:

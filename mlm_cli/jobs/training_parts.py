@@ -173,6 +173,11 @@ def build_monitor(
 ) -> Monitor:
     """The records of a run. ``flops_per_token`` None: model FLOP/s and MFU are not known."""
     recipe = session.recipe
+    if products.widens(torch.empty(0, dtype=dtype, device=parallel.device)):
+        log.info(
+            f"this processor has no instructions for products in {str(dtype).removeprefix('torch.')}: "
+            "they are computed in float32, and train.precision=fp32 is as fast"
+        )
     known = None
     if flops_per_token is not None:
         peak = find_peak(parallel.device, dtype)
@@ -181,11 +186,6 @@ def build_monitor(
         total = float(parallel.world.all_reduce_(rate))
         known = None if total != total else total
         shown = f"{known / 1e12:.2f} TFLOP/s, {peak.source}" if known else peak.source
-        if products.widens(torch.empty(0, dtype=dtype, device=parallel.device)):
-            log.info(
-                f"this processor has no instructions for products in {str(dtype).removeprefix('torch.')}: "
-                "they are computed in float32, and train.precision=fp32 is as fast"
-            )
         log.detail(f"MFU: model FLOP/s ({FLOPS_FORMULA}) / matrix rate of all ranks ({shown})")
     return Monitor(
         session.run,

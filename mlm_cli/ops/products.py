@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Terms of each sum that are widened at once: where they are a whole vocabulary, its logits and weights never all are.
+_TERMS = 4096
+
 
 def _ask() -> dict[torch.dtype, bool]:
     if not torch.backends.mkldnn.is_available():
@@ -46,7 +49,9 @@ def widened(x: Tensor) -> Tensor:
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not widens(left):
         return torch.mm(left, right, out=out)
-    product = torch.mm(left.float(), right.float())
+    product = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float32)
+    for a, b in zip(left.split(_TERMS, 1), right.split(_TERMS, 0), strict=True):
+        product.addmm_(a.float(), b.float())
     return product.to(left.dtype) if out is None else out.copy_(product)
 
 

@@ -74,13 +74,7 @@ class _Block:
                 weight_gradient(logits[:, cut], self.hidden, out=grad_weight[cut])
             if grad_bias is not None:
                 grad_bias[cut] += logits[:, cut].sum(0, dtype=torch.float32)
-        if not products.widens(logits):
-            torch.mm(logits, self.weight, out=grad_hidden)
-            return
-        total = torch.zeros_like(grad_hidden, dtype=torch.float32)  # never all of both factors in float32
-        for cut, _, _ in self.columns():
-            total.addmm_(logits[:, cut].float(), self.weight[cut].float())
-        grad_hidden.copy_(total)
+        products.mm(logits, self.weight, out=grad_hidden)
 
 
 def token_losses(

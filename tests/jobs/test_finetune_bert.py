@@ -116,8 +116,7 @@ def test_every_kind_of_task_from_a_bert_run(
     folder = tmp_path / "runs" / f"debug-{name}"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records]
-    # Twenty at the end: the vocabulary is a little another each time it is trained, and with it how the loss swings.
-    assert sum(losses[-20:]) / 2 < sum(losses[:10])
+    assert sum(losses[-10:]) < sum(losses[:10])
     found = {record["step"]: record[f"dev_{metric}"] for record in records if record.get(f"dev_{metric}") is not None}
     assert sorted(found) == [10, 20, 30, 40, 50]
     best = max(found, key=lambda step: (found[step], -step))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlm_cli.data.tokenizer import load_tokenizer
+from mlm_cli.data.tokenizer_train import train_tokenizer
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.jobs.tokenizer import TrainRequest, show, train
 from tests.jobs.preprocess_runs import command, jsonl, preprocess, texts
@@ -133,6 +134,22 @@ def test_training_is_repeatable_and_is_the_librarys(tiny_text: Path, trained: di
         ),
     )  # fmt: skip
     assert load_tokenizer(str(tmp_path / "ours")).token_ids == theirs.get_vocab()
+
+
+def test_equal_texts_give_an_equal_wordpiece_vocabulary(tmp_path: Path) -> None:
+    """The library alone gives five vocabularies in five runs; and what stands first to prevent it is not special."""
+    starts, stems, ends = (
+        ("un", "re", "de", "in"),
+        ("clear", "grade", "struct", "form"),
+        ("ing", "ed", "s", "ment", "er"),
+    )
+    words = [start + stem + end for start in starts for stem in stems for end in ends]
+    found = [train_tokenizer(lambda: [" ".join(words)] * 3, kind="wordpiece", vocab_size=80) for _ in range(5)]
+    assert len({tokenizer.fingerprint for tokenizer in found}) == 1
+    assert found[0].vocab_size == 80
+    found[0].save(tmp_path)
+    added = [entry["content"] for entry in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]]
+    assert added == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def test_trained_tokenizer_preprocesses(trained: dict[str, Path], tmp_path: Path) -> None:

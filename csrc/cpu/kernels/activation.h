@@ -31,15 +31,8 @@ void gelu_forward(const Activation& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
-    lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
-      constexpr int K = vectors.value;
-      V y[K];
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        const int64_t at = j + k * V::N;
-        y[k] = gelu(bias ? load(x + at, tag) + load(bias + at, tag) : load(x + at, tag));
-      }
-      put_all<K>(out + j, y, tag, a.stream);
+    fill<T, V>(out, a.width, a.stream, [&](int64_t j, auto tag) MLM_LAMBDA {
+      return gelu(bias ? load(x + j, tag) + load(bias + j, tag) : load(x + j, tag));
     });
   }
   if (a.stream) fence();
@@ -58,18 +51,12 @@ void gelu_backward(const Activation& a, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(a.x) + row * a.width;
       const T* g = static_cast<const T*>(a.grad) + row * a.width;
       T* dx = static_cast<T*>(a.out) + row * a.width;
-      lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
-        constexpr int K = vectors.value;
-        V d[K];
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) {
-          const int64_t at = j + k * V::N;
-          V v = load(x + at, tag);
-          if (bias) v = v + load(bias + at, tag);
-          d[k] = inside(load(g + at, tag) * gelu_slope(v), tag, A(0));
-          if (dbias) store(dbias + at, load(dbias + at, tag) + d[k], tag);
-        }
-        put_all<K>(dx + j, d, tag, a.stream);
+      fill<T, V>(dx, a.width, a.stream, [&](int64_t j, auto tag) MLM_LAMBDA {
+        V v = load(x + j, tag);
+        if (bias) v = v + load(bias + j, tag);
+        const V d = inside(load(g + j, tag) * gelu_slope(v), tag, A(0));
+        if (dbias) store(dbias + j, load(dbias + j, tag) + d, tag);
+        return d;
       });
     }
   }
@@ -82,15 +69,9 @@ void swiglu_forward(const Activation& a, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(a.x) + row * 2 * a.width;
     const T* up = gate + a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
-    lines<T, V>(a.width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
-      constexpr int K = vectors.value;
-      V y[K];
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        const V x = load(gate + j + k * V::N, tag);
-        y[k] = x * sigmoid(x) * load(up + j + k * V::N, tag);
-      }
-      put_all<K>(out + j, y, tag, a.stream);
+    fill<T, V>(out, a.width, a.stream, [&](int64_t j, auto tag) MLM_LAMBDA {
+      const V x = load(gate + j, tag);
+      return x * sigmoid(x) * load(up + j, tag);
     });
   }
   if (a.stream) fence();

@@ -62,7 +62,8 @@ MLM_INLINE void put_all(T* p, const V* v, Tag tag, bool past_cache) {
   for (int k = 0; k < K; ++k) put(p + k * V::N, v[k], tag, past_cache);
 }
 
-// f(column, Full | Tail, Index<vectors from there on>) over [0, end): by whole cache lines of T while there are any. For
+// f(column, Full | Tail, Index<vectors from there on>) over [0, end): by whole cache lines of T while there are any (four
+// vectors at most: more do not fit into registers). For
 // ``put_all``, and for loops over several rows at once: rows of a power of two fall into the same places of the L1 cache, and a
 // line that is left in the middle is fetched again for its rest.
 template <class T, class V, class F>
@@ -74,6 +75,18 @@ MLM_INLINE void lines(int64_t end, F&& f) {
     for (; j + K * V::N <= end; j += K * V::N) f(j, Full{}, Index<K>{});
   for (; j + V::N <= end; j += V::N) f(j, Full{}, Index<1>{});
   if (j < end) f(j, Tail{static_cast<int>(end - j)}, Index<1>{});
+}
+
+// out[j] = f(j, Full | Tail) over a row, written by whole cache lines.
+template <class T, class V, class F>
+MLM_INLINE void fill(T* out, int64_t width, bool past_cache, F&& f) {
+  lines<T, V>(width, [&](int64_t j, auto tag, auto vectors) MLM_LAMBDA {
+    constexpr int K = vectors.value;
+    V v[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) v[k] = f(j + k * V::N, tag);
+    put_all<K>(out + j, v, tag, past_cache);
+  });
 }
 
 // Row buffer: on the stack while it is small.
