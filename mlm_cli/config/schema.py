@@ -356,12 +356,13 @@ class TaskSection(Section):
     max_length: int | None = Field(default=None, ge=1, description="tokens a text; unset: the model's context")
     epochs: int | None = Field(default=None, ge=1, description="instead of train.steps")
     metric: str | None = Field(default=None, description="which checkpoint is best; unset: the kind's first")
-    doc_stride: int = Field(
-        default=128, ge=1, description="question_answering: tokens between the windows of a long text"
-    )
+    doc_stride: int = Field(default=128, ge=1, description="question_answering: tokens from one window to the next")
     max_query_length: int = Field(default=64, ge=1, description="question_answering: tokens of a question")
     max_answer_length: int = Field(default=30, ge=1, description="question_answering: tokens of an answer")
     n_best: int = Field(default=20, ge=1, description="question_answering: starts and ends that are paired")
+    null_score_diff_threshold: float | None = Field(
+        default=None, description="question_answering: no answer where it beats the best span by more; unset: never"
+    )
     pooling: Literal["mean", "cls"] = Field(
         default="mean", description="embedding: mean of all tokens, or the first one's state (gpt: the last one's)"
     )
@@ -369,9 +370,7 @@ class TaskSection(Section):
         default="cosine", description="embedding: the cosine is to be the score, or a pair is to stand out in its batch"
     )
     temperature: float = Field(default=0.05, gt=0, description="embedding: of the contrastive loss")
-    max_score: float = Field(
-        default=1.0, gt=0, description="embedding: the score of equal texts; scores are divided by it"
-    )
+    max_score: float = Field(default=1.0, gt=0, description="embedding: score of equal texts; scores are divided by it")
     min_positive: float = Field(
         default=0.8, ge=0, le=1, description="embedding: contrastive training takes pairs with this score or more"
     )

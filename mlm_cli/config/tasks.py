@@ -36,7 +36,7 @@ TASK_KINDS = {
     ),
     "question_answering": TaskKind(
         ("f1", "exact_match"),
-        frozenset({"doc_stride", "max_query_length", "max_answer_length", "n_best"}),
+        frozenset({"doc_stride", "max_query_length", "max_answer_length", "n_best", "null_score_diff_threshold"}),
         "a JSON file in the form of SQuAD",
     ),
     "multiple_choice": TaskKind(

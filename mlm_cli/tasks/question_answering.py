@@ -1,13 +1,15 @@
-"""Question answering by span selection: where in a text does the answer to a question begin and end (SQuAD v1.1).
+"""Question answering by span selection: where in a text does the answer to a question begin and end (SQuAD).
 
 Devlin et al. 2019, section 4.2, and the windows of its ``run_squad.py``: a text longer than the model's context is read
 in windows ``task.doc_stride`` tokens apart, each behind the question; a token counts in the window that shows most of
-its surroundings.
+its surroundings. Section 4.3 (SQuAD 2.0): that the text has no answer is the span of the first token alone, in every
+window; it is given where its lowest score exceeds that of the best other span by ``task.null_score_diff_threshold``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,28 +23,52 @@ from torch import Tensor
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.errors import UsageError
 from mlm_cli.models.heads import HeadSpec
+from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.features import Features
-from mlm_cli.tasks.squad import Question, read_squad, squad_scores
+from mlm_cli.tasks.squad import Question, best_threshold, read_squad, squad_scores
 from mlm_cli.tasks.task import Batch, Scores, Task
 
 # Columns of the target `windows`.
 _QUESTION, _BEGIN, _LENGTH, _FIRST, _LOW, _HIGH = range(6)
+_NULL = -1.0  # instead of tokens in a window's spans: there is no answer
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A span of a text that may be the answer: characters [start, end), and its share of the probability."""
+    """A span of a text that may be the answer: characters [start, end), and its share of the probability.
+
+    The empty span stands for "no answer in this text".
+    """
 
     share: float
     start: int
     end: int
 
+    @property
+    def is_null(self) -> bool:
+        return self.start == self.end
+
 
 class QuestionAnswering(Task):
-    """Mean cross entropy of an answer's first and last token; exact match and F1 as SQuAD's scorer has them, 0 to 1."""
+    """Mean cross entropy of an answer's first and last token; exact match and F1 as SQuAD's scorer has them, 0 to 1.
+
+    Raises:
+        UsageError: ``task.null_score_diff_threshold`` is set for a model whose first token sees no other.
+    """
 
     name: ClassVar[str] = "question_answering"
-    kept: ClassVar[tuple[str, ...]] = ("doc_stride", "max_query_length", "max_answer_length")
+    kept: ClassVar[tuple[str, ...]] = (
+        "doc_stride", "max_query_length", "max_answer_length", "null_score_diff_threshold",
+    )  # fmt: skip
+
+    def __init__(self, section: TaskSection, encoder: TextEncoder, labels: Sequence[str] = ()) -> None:
+        super().__init__(section, encoder, labels)
+        self.threshold = section.null_score_diff_threshold
+        if self.threshold is not None and not encoder.marked:
+            raise UsageError(
+                "a causal model cannot say that a text has no answer: its first token sees no other",
+                hint="take a BERT, or leave task.null_score_diff_threshold and such questions out",
+            )
 
     @staticmethod
     def architecture(model: ModelSection) -> str:
@@ -50,7 +76,7 @@ class QuestionAnswering(Task):
 
     @staticmethod
     def read(path: str, section: TaskSection) -> list[Question]:
-        return read_squad(path)
+        return read_squad(path, without_answer=section.null_score_diff_threshold is not None)
 
     def features(self, examples: Sequence[Question], *, training: bool = False) -> Features:
         """A unit a window: ``labels`` int64 [2], the answer's first and last token in the row; 0, 0 where it is not.
@@ -70,8 +96,8 @@ class QuestionAnswering(Task):
                     f"a question of {len(query)} tokens leaves no room for its text in {self.encoder.max_length}",
                     hint="raise task.max_length, or lower task.max_query_length",
                 )
-            answer = _token_span(example.answers[0], offsets)
-            if training and answer is None:
+            answer = _token_span(example.answers[0], offsets) if example.answers else None
+            if training and example.answers and answer is None:
                 continue
             firsts = window_starts(len(ids), room, self.section.doc_stride)
             ranges = most_context(len(ids), firsts, room)
@@ -112,12 +138,12 @@ class QuestionAnswering(Task):
         return F.cross_entropy(scores, batch["labels"]), torch.tensor(len(outputs))
 
     def predict(self, outputs: Tensor, batch: Batch) -> list[np.ndarray]:
-        """The best spans of each window, float64 [n, 3]: score, first and last token of the text."""
-        scores = outputs.double().cpu().numpy()
-        return [
-            self._best_spans(row[:, 0], row[:, 1], window)
-            for row, window in zip(scores, batch["windows"].cpu().numpy(), strict=True)
-        ]
+        """The best spans of each window, float64 [n, 3]: score, first and last token of the text (none: ``_NULL``)."""
+        scores, windows = outputs.double().cpu().numpy(), batch["windows"].cpu().numpy()
+        found = [self._best_spans(row[:, 0], row[:, 1], window) for row, window in zip(scores, windows, strict=True)]
+        if self.threshold is None:
+            return found
+        return [np.vstack([[row[0].sum(), _NULL, _NULL], spans]) for row, spans in zip(scores, found, strict=True)]
 
     def _best_spans(self, start: np.ndarray, end: np.ndarray, window: np.ndarray) -> np.ndarray:
         begin, length, first = window[_BEGIN], window[_LENGTH], window[_FIRST]
@@ -134,13 +160,14 @@ class QuestionAnswering(Task):
     def answers(
         self, predictions: Sequence[np.ndarray], features: Features, examples: Sequence[Question]
     ) -> list[list[Candidate]]:
-        """For each question the best spans over all its windows, best first, no text twice."""
+        """For each question the best spans over all its windows, best first, no text twice; "no answer" behind them."""
         by_question: list[list[np.ndarray]] = [[] for _ in examples]
         for number, found in zip(features.targets["windows"][:, _QUESTION].tolist(), predictions, strict=True):
             by_question[number].append(found)
         ranked = []
         for example, parts, (_, offsets) in zip(examples, by_question, self._contexts(examples), strict=True):
             found = np.concatenate([np.zeros((0, 3)), *parts])
+            null, found = found[found[:, 1] == _NULL, 0], found[found[:, 1] != _NULL]
             chosen: dict[str, Candidate] = {}
             for score, first, last in found[np.argsort(-found[:, 0], kind="stable")].tolist():
                 start, end = _without_space(example.context, int(offsets[int(first), 0]), int(offsets[int(last), 1]))
@@ -148,7 +175,8 @@ class QuestionAnswering(Task):
                     chosen.setdefault(example.context[start:end], Candidate(score, start, end))
                 if len(chosen) == self.section.n_best:
                     break
-            ranked.append(_with_shares(list(chosen.values())))
+            nulls = [Candidate(float(null.min()), 0, 0)] if len(null) else []  # every window has to agree
+            ranked.append(_with_shares([*chosen.values(), *nulls]))
         return ranked
 
     def pool(self, members: Sequence[Sequence[list[Candidate]]]) -> list[list[Candidate]]:
@@ -159,22 +187,38 @@ class QuestionAnswering(Task):
             for candidate in (candidate for found in answers for candidate in found):
                 shares[candidate.start, candidate.end] += candidate.share / len(members)
             ranked = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
-            pooled.append([Candidate(share, start, end) for (start, end), share in ranked[: self.section.n_best]])
+            candidates = [Candidate(share, start, end) for (start, end), share in ranked]
+            spans = [candidate for candidate in candidates if not candidate.is_null][: self.section.n_best]
+            pooled.append(spans + [candidate for candidate in candidates if candidate.is_null])
         return pooled
 
     def score(self, answers: Sequence[list[Candidate]], examples: Sequence[Question], *, seed: int) -> Scores:
-        chosen = {
-            example.id: example.context[found[0].start : found[0].end] if found else ""
+        spans = {
+            example.id: next((example.context[c.start : c.end] for c in found if not c.is_null), "")
             for example, found in zip(examples, answers, strict=True)
         }
+        odds = {example.id: _null_odds(found) for example, found in zip(examples, answers, strict=True)}
+        limit = math.inf if self.threshold is None else self.threshold
+        chosen = {number: "" if odds[number] > limit else text for number, text in spans.items()}
         each = squad_scores(chosen, examples)
-        count = len(examples)
-        errors = {name: float(np.std(v, ddof=1)) / count**0.5 if count > 1 else None for name, v in each.items()}
+        facts: dict[str, Any] = {"unanswered": sum(not text for text in chosen.values())}
         files = {
             "predictions.json": json.dumps(chosen, indent=1, ensure_ascii=False) + "\n",
             "nbest.json": json.dumps(_nbest(examples, answers), indent=1, ensure_ascii=False) + "\n",
         }
-        facts = {"unanswered": sum(not text for text in chosen.values())}
+        has_answer = np.array([bool(example.answers) for example in examples])
+        if self.threshold is not None:
+            files["null_odds.json"] = json.dumps(odds, indent=1) + "\n"
+            null = np.array([odds[example.id] for example in examples])
+            answered = np.array([bool(spans[example.id]) for example in examples])
+            for name, always in squad_scores(spans, examples).items():
+                best, threshold = best_threshold(always, answered, has_answer, null).tolist()
+                facts |= {f"best_{name}": best, f"best_{name}_threshold": threshold}
+        if not has_answer.all():
+            each["no_answer_accuracy"] = each["exact_match"][~has_answer]
+            if has_answer.any():
+                each |= {f"has_answer_{name}": each[name][has_answer] for name in ("f1", "exact_match")}
+        errors = {name: float(np.std(v, ddof=1)) / len(v) ** 0.5 if len(v) > 1 else None for name, v in each.items()}
         return Scores({name: float(values.mean()) for name, values in each.items()}, errors, facts, files)
 
 
@@ -227,6 +271,13 @@ def _with_shares(candidates: list[Candidate]) -> list[Candidate]:
         replace(candidate, share=float(share))
         for candidate, share in zip(candidates, shares / shares.sum() if candidates else shares, strict=True)
     ]
+
+
+def _null_odds(found: Sequence[Candidate]) -> float:
+    """By how much the score of "no answer" exceeds that of the best span; finite, so that it can be written as JSON."""
+    shares = [max((c.share for c in found if c.is_null is null), default=0.0) for null in (True, False)]
+    null, best = (math.log(max(share, 1e-300)) for share in shares)
+    return null - best
 
 
 def _nbest(examples: Sequence[Question], answers: Sequence[list[Candidate]]) -> dict[str, list[dict[str, Any]]]:

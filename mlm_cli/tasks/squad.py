@@ -1,7 +1,8 @@
-"""Questions on texts in SQuAD's JSON (version 1.1), and the exact match and F1 of its official scorer.
+"""Questions on texts in SQuAD's JSON (versions 1.1 and 2.0), and the exact match and F1 of its official scorers.
 
 Rajpurkar et al. 2016, section 6.1; ``evaluate-v1.1.py``: answers are compared without case, punctuation, articles and
-surplus white space; each question counts with its best gold answer, an unanswered one with 0.
+surplus white space; each question counts with its best gold answer, an unanswered one with 0. Rajpurkar, Jia and Liang
+2018 (``evaluate-v2.0.py``): where the text does not hold the answer, the empty answer is right and no other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a text. ``answers``: (text, first character) of each gold answer, at least one."""
+    """A question on a text. ``answers``: (text, first character) of each gold answer; none: it is not in the text."""
 
     id: str
     question: str
@@ -36,11 +37,14 @@ class Question:
     where: str
 
 
-def read_squad(path: str | Path) -> list[Question]:
+def read_squad(path: str | Path, *, without_answer: bool = False) -> list[Question]:
     """All questions of a file.
 
     Answers that do not stand where ``answer_start`` says are put where they do stand first, or are kept for scoring
     alone; how many is said once.
+
+    Args:
+        without_answer: take questions that the text does not answer (SQuAD 2.0).
 
     Raises:
         DataError: a file that does not open or has another form; a question without answer; none at all.
@@ -60,6 +64,11 @@ def read_squad(path: str | Path) -> list[Question]:
             context = _member(paragraph, "context", str, where)
             for k, entry in enumerate(_member(paragraph, "qas", list, where)):
                 questions.append(_question(entry, context, f"{where}.qas[{k}]", moved))
+                if not (questions[-1].answers or without_answer):
+                    raise DataError(
+                        f"{questions[-1].where} has no answer",
+                        hint="for questions without answer (SQuAD 2.0) set task.null_score_diff_threshold=0",
+                    )
     if not questions:
         raise DataError(f"{path} holds no questions")
     if moved:
@@ -77,11 +86,6 @@ def _question(entry: Any, context: str, where: str, moved: list[str]) -> Questio
             moved.append(where)
             start = context.find(text)
         answers.append((text, start))
-    if not answers:
-        raise DataError(
-            f"{where} has no answer",
-            hint="questions without answer (SQuAD 2.0) are not supported; take them out of the file",
-        )
     return Question(number, question, context, tuple(answers), where)
 
 
@@ -112,13 +116,44 @@ def answer_f1(predicted: str, gold: str) -> float:
 
 
 def squad_scores(predictions: Mapping[str, str], questions: Sequence[Question]) -> dict[str, np.ndarray]:
-    """``f1`` and ``exact_match`` of each question, float64 [questions], between 0 and 1."""
+    """``f1`` and ``exact_match`` of each question, float64 [questions], between 0 and 1.
+
+    By the rules of version 2.0 if any question is without answer. A question without prediction scores 0.
+    """
+    second = any(not question.answers for question in questions)
     f1, exact = np.zeros(len(questions)), np.zeros(len(questions))
     for place, question in enumerate(questions):
         predicted = predictions.get(question.id)
         if predicted is None:
             continue
         golds = [text for text, _ in question.answers]
-        f1[place] = max(answer_f1(predicted, gold) for gold in golds)
-        exact[place] = max(normalize_answer(predicted) == normalize_answer(gold) for gold in golds)
+        if second:
+            golds = [text for text in golds if normalize_answer(text)] or [""]
+        same = [normalize_answer(predicted) == normalize_answer(gold) for gold in golds]
+        exact[place] = max(same)
+        f1[place] = max(
+            1.0 if second and equal else answer_f1(predicted, gold) for gold, equal in zip(golds, same, strict=True)
+        )
     return {"f1": f1, "exact_match": exact}
+
+
+def best_threshold(scores: np.ndarray, answered: np.ndarray, has_answer: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """The mean score that the best threshold on ``null`` gives, and that threshold: float64 [2].
+
+    A question is left without answer where ``null`` is above the threshold (``find_best_thresh`` of the official
+    scorer; questions with equal ``null`` go together here).
+
+    Args:
+        scores: float64 [questions], of always answering.
+        answered: bool [questions], whether that answer is not empty.
+        has_answer: bool [questions], whether the text has one.
+        null: float64 [questions], by how much the empty answer is the likelier one.
+    """
+    order = np.argsort(null, kind="stable")
+    gains = np.where(has_answer, scores, np.where(answered, -1.0, 0.0))[order]
+    # With the first n in this order answered, for every n where the next differs; none at all to begin with.
+    sums = np.concatenate([[0.0], np.cumsum(gains)]) + np.count_nonzero(~has_answer)
+    limits = np.concatenate([[null.min() - 1.0], null[order]])
+    sums[:-1][limits[1:] == limits[:-1]] = -np.inf
+    best = int(sums.argmax())
+    return np.array([sums[best] / len(scores), limits[best]])

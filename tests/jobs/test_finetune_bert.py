@@ -219,3 +219,40 @@ def test_the_tokenizer_travels(pretrained: Path) -> None:
     step = (pretrained / "runs/debug-bert/latest").read_text().strip()
     ours, given = load_tokenizer(pretrained / "runs/debug-bert" / step / "model"), load_tokenizer(pretrained / "tok")
     assert ours.fingerprint == given.fingerprint and ours.cls_id is not None
+
+
+def test_questions_without_answer(
+    test_data: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SQuAD 2.0 is refused with the key that takes it; the threshold travels with the model, and can be overruled."""
+    questions(test_data, tmp_path)
+    for name in ("train", "dev"):
+        document = json.loads((tmp_path / f"{name}.json").read_text())
+        for paragraph in document["data"][0]["paragraphs"]:
+            for entry in paragraph["qas"][::2]:
+                entry |= {"answers": [], "is_impossible": True}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/debug-bert").symlink_to(pretrained / "runs/debug-bert")
+    monkeypatch.chdir(tmp_path)
+    tune, score = commands("debug/bert-qa")[-2:]
+    tune += ["train.steps=6", "evaluate.every=3", "log.tensorboard=false"]
+    assert run(tune) == 3
+    assert "task.null_score_diff_threshold=0" in capsys.readouterr().err
+    assert run([*tune, "task.null_score_diff_threshold=-1e6"]) == 0
+    records = (tmp_path / "runs/debug-bert-qa/metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in records if "dev_f1" in line][-1]
+    share = found["dev_f1"]
+    assert 0.3 < share < 0.7 and found["dev_no_answer_accuracy"] == 1.0 and found["dev_has_answer_f1"] == 0.0
+    for more, accuracy in (([], 1.0), (["task.null_score_diff_threshold=1e6"], 0.0)):
+        capsys.readouterr()
+        assert run([*score, "--format", "json", *more]) == 0
+        document = json.loads(capsys.readouterr().out)
+        results = document["results"]["question_answering"]
+        assert results["no_answer_accuracy,none"] == pytest.approx(accuracy, abs=0.3)
+        assert document["configs"]["question_answering"]["best_f1"] >= results["f1,none"]
+    assert results["no_answer_accuracy,none"] < 0.5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from mlm_cli.errors import DataError, UsageError
 from mlm_cli.tasks.batches import evaluation_batches
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.question_answering import Candidate, QuestionAnswering, most_context, window_starts
-from mlm_cli.tasks.squad import Question, answer_f1, normalize_answer, read_squad, squad_scores
+from mlm_cli.tasks.squad import Question, answer_f1, best_threshold, normalize_answer, read_squad, squad_scores
 
 
 def test_scores_are_those_of_the_official_script(test_data: Path) -> None:
@@ -161,11 +163,12 @@ def test_mistakes_name_their_place(tmp_path: Path) -> None:
         ({"data": []}, "holds no questions"),
         ([1], r"q\.json: `data` is missing"),
         (paragraph(question=None), r"data\[0\]\.paragraphs\[0\]\.qas\[0\]: `question` is missing"),
-        (paragraph(answers=[]), r"\(id 7\) has no answer"),
+        (paragraph(answers=[], is_impossible=True), r"\(id 7\) has no answer"),
         (paragraph(answers=[{"text": "Ada"}]), r"\(id 7\): `answer_start` is missing"),
     ):
         with pytest.raises(DataError, match=message):
             read_squad(write(document))
+    assert read_squad(write(paragraph(answers=[], is_impossible=True)), without_answer=True)[0].answers == ()
     with pytest.raises(DataError, match="No such file"):
         read_squad(tmp_path / "absent.json")
     task = make_task("question_answering", SECTIONS["bert"], wordpiece(tmp_path / "tok"))
@@ -174,3 +177,110 @@ def test_mistakes_name_their_place(tmp_path: Path) -> None:
         task.features([long])
     lost = Question("1", "who", "the film", (("film", -1),), "here")
     assert len(task.features([lost])) == 1 and len(task.features([lost], training=True)) == 0
+
+
+def without_answers(questions: list[Question]) -> list[Question]:
+    """Every third question on the text of another article, which does not hold its answer."""
+    return [
+        replace(question, context=questions[-1 - place].context, answers=()) if place % 3 == 0 else question
+        for place, question in enumerate(questions)
+    ]
+
+
+def second_task(test_data: Path, threshold: float) -> QuestionAnswering:
+    tokenizer = load_tokenizer(test_data / "tokenizers/bert-base-uncased")
+    section = TaskSection(
+        name="question_answering", train="", dev="", doc_stride=64, null_score_diff_threshold=threshold
+    )
+    return QuestionAnswering(section, TextEncoder(tokenizer, ModelSection(family="bert", num_token_types=2), 160))
+
+
+def test_questions_without_answer(test_data: Path) -> None:
+    """Sure outputs give every answer back and "none" where there is none, in texts of several windows."""
+    questions = without_answers(read_squad(test_data / "finetune/xquad/xquad.en.part-a.json")[:120])
+    task = second_task(test_data, 0.0)
+    features = task.features(questions, training=True)
+    assert len({window[0] for window in features.targets["windows"]}) == len(questions)  # they are learned from too
+    predicted: dict[int, Any] = {}
+    for batch in evaluation_batches(features, batch_size=32):
+        found = task.predict(perfect(features, batch), batch)
+        predicted.update(zip(batch["sample_ids"].tolist(), found, strict=True))
+    answers = task.answers([predicted[unit] for unit in range(len(features))], features, questions)
+    scores = task.score(answers, questions, seed=1)
+    assert scores.metrics["no_answer_accuracy"] == 1.0 and scores.metrics["has_answer_f1"] > 0.95
+    texts, odds = (json.loads(scores.predictions[f"{name}.json"]) for name in ("predictions", "null_odds"))
+    for question in questions:
+        assert (texts[question.id] == "") == (odds[question.id] > 0)
+    assert all(texts[question.id] == "" for question in questions[::3])
+    assert scores.facts["best_f1"] == pytest.approx(scores.metrics["f1"])
+    never = second_task(test_data, 1e6).score(answers, questions, seed=1)
+    assert all(json.loads(never.predictions["predictions.json"]).values())
+    assert never.facts["best_f1"] == scores.facts["best_f1"] and never.facts["unanswered"] == 0
+    assert never.metrics["has_answer_f1"] >= scores.metrics["has_answer_f1"]
+    pooled = task.score(task.pool([answers, answers]), questions, seed=1)
+    assert pooled.metrics == scores.metrics
+
+
+def test_every_window_has_to_say_that_there_is_no_answer(tmp_path: Path) -> None:
+    task = make_task(
+        "question_answering", SECTIONS["bert"], wordpiece(tmp_path), null_score_diff_threshold=1.0, doc_stride=2
+    )
+    question = Question("1", "who", "a man plays guitar in rome a man plays guitar in rome " * 3, (), "here")
+    features = task.features([question])
+    assert len(features) > 1 and not features.targets["labels"].any()
+    spans = np.array([[-1.0, -1, -1], [2.0, 0, 1]])
+    quiet = np.array([[9.0, -1, -1], [1.0, 2, 3]])
+    for null, expected in ((2.5, "a man"), (3.5, "")):
+        first = spans.copy()
+        first[0, 0] = null
+        answers = task.answers([first, *[quiet] * (len(features) - 1)], features, [question])
+        scores = task.score(answers, [question], seed=1)
+        assert json.loads(scores.predictions["predictions.json"]) == {"1": expected}
+        assert json.loads(scores.predictions["null_odds.json"])["1"] == pytest.approx(null - 2.0)
+        assert scores.metrics["f1"] == float(expected == "")
+    with pytest.raises(UsageError, match="its first token sees no other"):
+        make_task("question_answering", SECTIONS["gpt2"], wordpiece(tmp_path), null_score_diff_threshold=0.0)
+
+
+def official_scores(golds: list[str], predicted: str) -> tuple[float, float]:
+    """Exact match and F1 of one question as ``evaluate-v2.0.py`` defines them."""
+
+    def f1(gold: str) -> float:
+        one, other = normalize_answer(gold).split(), normalize_answer(predicted).split()
+        shared = sum((Counter(one) & Counter(other)).values())
+        if not one or not other:
+            return float(one == other)
+        if not shared:
+            return 0.0
+        precision, recall = shared / len(other), shared / len(one)
+        return 2 * precision * recall / (precision + recall)
+
+    golds = [gold for gold in golds if normalize_answer(gold)] or [""]
+    return max(float(normalize_answer(gold) == normalize_answer(predicted)) for gold in golds), max(map(f1, golds))
+
+
+def test_scores_of_the_second_version() -> None:
+    cases = [
+        ((), ""), ((), "the"), ((), "a cat"), (("the cat",), ""), (("the", "cat sat"), "cat"), (("the",), ""),
+        (("cat", "dog"), "dog"), (("a cat",), "cat mat"),
+    ]  # fmt: skip
+    questions = [Question(str(n), "", "", tuple((gold, 0) for gold in golds), "") for n, (golds, _) in enumerate(cases)]
+    found = squad_scores({str(n): predicted for n, (_, predicted) in enumerate(cases)}, questions)
+    expected = [official_scores(list(golds), predicted) for golds, predicted in cases]
+    np.testing.assert_allclose(np.stack([found["exact_match"], found["f1"]], -1), expected)
+
+
+def test_best_threshold_is_that_of_all_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40):
+        for _ in range(50):
+            has_answer, answered = rng.random(size) < 0.5, rng.random(size) < 0.9
+            scores = np.where(has_answer, rng.random(size) * answered, ~answered)
+            null = rng.integers(-3, 4, size).astype(float)  # with ties
+
+            def mean(threshold: float, scores: Any = scores, has: Any = has_answer, null: Any = null) -> float:
+                return float(np.where(null > threshold, ~has, scores).mean())
+
+            best, threshold = best_threshold(scores, answered, has_answer, null)
+            assert best == pytest.approx(max(mean(limit) for limit in (-9.0, *null)))
+            assert mean(threshold) == pytest.approx(best)
