@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,34 @@ def test_every_command_of_the_readme_works(workplace: Path) -> None:
     assert (workplace / "runs/book/latest").read_text().strip() == "step-00000060"
     scores = json.loads((workplace / "runs/mood/evaluate/results.json").read_text())
     assert scores["results"]["classification"]["accuracy,none"] >= 0.5
+    ask_the_server(workplace)
+
+
+def ask_the_server(workplace: Path) -> None:
+    """The two lines on ``--serve``, with any port that is free."""
+    pytest.importorskip("uvicorn")
+    [block] = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    serve, curl = block.splitlines()
+    arguments = [*shlex.split(serve.removesuffix(" &"))[1:-1], "0"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlm_cli", *arguments],
+        cwd=workplace,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stderr is not None
+    said = ""
+    while not (found := re.search(r"answers POST (\S+);", said)):
+        line = server.stderr.readline()
+        assert line, said
+        said += line
+    words = shlex.split(curl)
+    assert words[1].endswith(":8000/v1/completions")
+    request = urllib.request.Request(found.group(1), words[-1].encode(), dict([words[3].split(": ")]))
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        document = json.loads(reply.read())
+    assert 0 < document["usage"]["completion_tokens"] <= 20 and document["choices"][0]["text"]
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) == 0
+    server.stderr.close()

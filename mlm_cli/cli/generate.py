@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,9 @@ def generate(
         str | None, typer.Option("--prompts", metavar="FILE", help="JSONL with a `prompt` a line; - is stdin.")
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Talk on the terminal until Ctrl-D.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Answer completions over HTTP, as OpenAI's API.")] = False,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where --serve listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any that is free.")] = 8000,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to add, at most.")
     ] = None,
@@ -76,7 +79,8 @@ def generate(
 
     MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
     Without --prompt, --prompts or --interactive the prompt is read from standard input. With --format json each answer
-    is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks.
+    is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks. --serve answers
+    POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C.
 
     \b
     Examples:
@@ -84,6 +88,7 @@ def generate(
       mlm generate runs/gpt --prompts questions.jsonl --temperature 0 --format json > answers.jsonl
       echo "Once upon a time" | mlm generate runs/gpt --top-p 0.9 --seed 7
       mlm generate runs/gpt --interactive --nproc 2
+      mlm generate runs/gpt --serve --port 8000 --batch-size 16
     """
     begin(quiet=quiet, verbose=verbose)
     words, overrides = split_arguments(model_or_key, keys)
@@ -99,10 +104,13 @@ def generate(
         batch_size=batch_size,
     )
     flags = overlay(seed=seed, output=output) | {f"generate.{key}": value for key, value in sampling.items()}
-    source = _source(prompt, prompts, interactive)
+    source = _source(prompt, prompts, interactive, serve)
+    way: dict[str, Any] = {"prompts": tuple(prompt or ()), "prompts_file": source, "interactive": interactive}
+    if serve:
+        way |= {"serve": True, "host": host, "port": port}
     return run_request(
         "generate",
-        lambda resolved, ranks: _request(resolved, words, tuple(prompt or ()), source, interactive, format),
+        lambda resolved, ranks: _request(resolved, words, way, format),
         _job,
         spec=recipe,
         overrides=overrides,
@@ -121,24 +129,22 @@ def _job(request: GenerateRequest) -> int | None:
     return job.run(request)
 
 
-def _source(prompt: list[str] | None, prompts: str | None, interactive: bool) -> str | None:
+def _source(prompt: list[str] | None, prompts: str | None, interactive: bool, serve: bool) -> str | None:
     """Where prompts are read from, beside ``--prompt``.
 
     Raises:
         UsageError: none, or more than one.
     """
-    ways = {"--prompt": prompt, "--prompts": prompts, "--interactive": interactive}
+    ways = {"--prompt": prompt, "--prompts": prompts, "--interactive": interactive, "--serve": serve}
     given = [name for name, value in ways.items() if value]
     if len(given) > 1:
         raise UsageError(f"`{given[0]}` and `{given[1]}` exclude each other", hint="use one of them")
     if not given and sys.stdin is not None and sys.stdin.isatty():
-        raise UsageError("no prompt", hint='add `--prompt "TEXT"`, `--prompts FILE`, or `--interactive`')
+        raise UsageError("no prompt", hint='add `--prompt "TEXT"`, `--prompts FILE`, `--interactive` or `--serve`')
     return prompts
 
 
-def _request(
-    recipe: Recipe, words: list[str], prompts: tuple[str, ...], source: str | None, interactive: bool, format: str
-) -> GenerateRequest:
+def _request(recipe: Recipe, words: list[str], way: dict[str, Any], format: str) -> GenerateRequest:
     from mlm_cli.config.requests import GenerateRequest
 
     model = words[0] if words else recipe.init_from
@@ -146,9 +152,7 @@ def _request(
         raise UsageError("no model given", hint='mlm generate MODEL --prompt "TEXT"')
     return GenerateRequest(
         model=model,
-        prompts=prompts,
-        prompts_file=source,
-        interactive=interactive,
+        **way,
         output=recipe.output,
         format="json" if format == "json" else "text",
         **recipe.generate.model_dump(),

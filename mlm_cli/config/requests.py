@@ -78,6 +78,7 @@ class GenerateRequest:
         prompts: texts given as ``--prompt``; empty: read ``prompts_file``, standard input or the terminal.
         prompts_file: JSONL with ``prompt`` (or ``text``) and optionally ``id`` a line; ``-`` is standard input.
         interactive: talk on the terminal until end of input.
+        serve: answer requests over HTTP instead, on ``host`` and ``port`` (0: any that is free).
         max_new_tokens: tokens a prompt may grow by.
         temperature: 0 is greedy.
         top_k: 0 keeps every token.
@@ -94,6 +95,9 @@ class GenerateRequest:
     prompts: tuple[str, ...] = ()
     prompts_file: str | None = None
     interactive: bool = False
+    serve: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8000
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_k: int = 0

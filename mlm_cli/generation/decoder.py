@@ -17,7 +17,7 @@ from mlm_cli.generation.step_plan import MOST_ROWS, StepPlan
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import build_info
 
-_END, _EXTEND, _STEP, _DROP = range(4)
+_END, _EXTEND, _STEP, _DROP, _REST = range(5)
 
 
 class Decoder:
@@ -76,6 +76,10 @@ class Decoder:
         self._announce(_DROP, [row])
         self._drop(row)
 
+    def rest(self) -> None:
+        """Nothing to do for now: said once in a while, so that those who follow do not take the silence for a loss."""
+        self._announce(_REST, [])
+
     def close(self) -> None:
         """Let the following ranks go."""
         self._announce(_END, [])
@@ -90,6 +94,8 @@ class Decoder:
             kind, count, *values = self._group.broadcast_(message).tolist()
             if kind == _END:
                 return
+            if kind == _REST:
+                continue
             if kind == _STEP:
                 self._step(values[:count])
             elif kind == _DROP:

@@ -66,7 +66,7 @@ class Dialogue:
             settings,
             lambda: text_stream(tokenizer),
             show=writer.show if writer.streams else None,
-            interrupted=lambda: self._interrupted,
+            interrupted=lambda _prompt: self._interrupted,
         )
 
     def run(self) -> None:

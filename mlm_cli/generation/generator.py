@@ -1,14 +1,14 @@
 """From prompts to answers: one loop that keeps a few rows of a decoder busy.
 
-A row that ends is given to the next prompt at once, so texts of different length cost each other nothing, and answers
-still come out in the order of the prompts. What a prompt's answer is depends on nothing but the prompt, its number, the
-model and the settings.
+A row that ends is given to the next prompt at once, so texts of different length cost each other nothing (continuous
+batching; Yu et al. 2022, Orca, section 3.1). What a prompt's answer is depends on nothing but the prompt, its number,
+the model and the settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,14 +23,6 @@ from mlm_cli.generation.text_stream import TextStream
 
 # eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
 FinishReason = Literal["eod", "stop", "length", "context", "interrupted"]
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt and its token ids, at least one and at most the model's context."""
-
-    prompt: Prompt
-    tokens: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -83,11 +75,25 @@ class Settings:
         StopScanner(self.stops)  # refuses empty stop strings
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and its token ids, at least one and at most the model's context.
+
+    ``settings``: of this prompt alone, instead of those of all.
+    """
+
+    prompt: Prompt
+    tokens: Sequence[int]
+    settings: Settings | None = None
+
+
 @dataclass
 class _Row:
     """A text in the making."""
 
     source: EncodedPrompt
+    settings: Settings
+    rule: Sampling  # without the seed: rows with the same one are chosen for together
     num_prefix: int  # tokens the answer goes on from
     position: int
     stream: TextStream
@@ -107,10 +113,10 @@ class Generator:
 
     Args:
         decoder: the model.
-        settings: for all prompts.
+        settings: for all prompts that bring none.
         new_stream: makes a ``TextStream`` of the model's tokenizer.
         show: called with each piece of text as soon as it is certain. Pieces of several rows come interleaved.
-        interrupted: asked once a token; True ends what is being made with the reason ``interrupted``.
+        interrupted: asked once a token of a prompt; True ends its answer with the reason ``interrupted``.
     """
 
     def __init__(
@@ -120,34 +126,50 @@ class Generator:
         new_stream: Callable[[], TextStream],
         *,
         show: Callable[[Prompt, str], None] | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
+        interrupted: Callable[[Prompt], bool] = lambda _prompt: False,
     ) -> None:
         self._decoder, self._settings, self._new_stream = decoder, settings, new_stream
         self._show, self._interrupted = show, interrupted
         self._rows: list[_Row] = []
-        self._waiting: dict[int, Answer] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Is a text in the making?"""
+        return bool(self._rows)
 
     def answers(self, prompts: Iterable[EncodedPrompt]) -> Iterator[Answer]:
         """The answers, in the order of the prompts, each as soon as it and all before it are done."""
-        source = enumerate(prompts)
-        next_out, more = 0, True
-        while True:
+        waiting: dict[int, Answer] = {}
+        next_out = 0
+        for position, answer in self.as_done(iter(prompts)):
+            waiting[position] = answer
+            while next_out in waiting:
+                yield waiting.pop(next_out)
+                next_out += 1
+
+    def as_done(self, prompts: Iterator[EncodedPrompt | None]) -> Iterator[tuple[int, Answer]]:
+        """(place among the prompts, answer) as they are done.
+
+        Args:
+            prompts: asked for the next whenever there is a free row; None: none has come yet.
+        """
+        position, more = 0, True
+        while more or self._rows:
             while more and self._decoder.used < self._decoder.num_slots:
-                position, prompt = next(source, (-1, None))
-                if prompt is None:
+                try:
+                    prompt = next(prompts)
+                except StopIteration:
                     more = False
                     break
+                if prompt is None:
+                    break
                 row = self._begin(prompt, position)
+                position += 1
                 self._accept([row], self._decoder.add(prompt.tokens)[None])
-                self._retire()
-            while next_out in self._waiting:
-                yield self._waiting.pop(next_out)
-                next_out += 1
-            if not self._rows and not more:
-                return
+                yield from self._retire()
             if self._rows:
                 self._accept(self._rows, self._decoder.step([row.tokens[-1] for row in self._rows]))
-                self._retire()
+                yield from self._retire()
 
     def continue_text(self, prompt: EncodedPrompt, row: int, known: int) -> Answer:
         """Answer one prompt whose first ``known`` tokens row ``row`` of the decoder has already seen.
@@ -163,33 +185,48 @@ class Generator:
         return self._answer(text)
 
     def _begin(self, source: EncodedPrompt, position: int) -> _Row:
+        settings = source.settings or self._settings
         seen, prefix = torch.empty(0, dtype=torch.int64), self._decoder.prefix(source.tokens)
-        if self._settings.sampling.repetition_penalty != 1:
+        if settings.sampling.repetition_penalty != 1:
             seen = torch.empty(self._decoder.max_length + 1, dtype=torch.int64)
             seen[: len(prefix)] = torch.tensor(prefix)
-        row = _Row(source, len(prefix), position, self._new_stream(), StopScanner(self._settings.stops), seen)
+        rule, scanner = replace(settings.sampling, seed=0), StopScanner(settings.stops)
+        row = _Row(source, settings, rule, len(prefix), position, self._new_stream(), scanner, seen)
         self._rows.append(row)
         return row
 
     def _accept(self, rows: list[_Row], logits: Tensor) -> None:
         """Choose the next token of each row from ``logits [b, v]`` and take it in."""
-        sampling = self._settings.sampling
-        seen = numbers = None
-        if sampling.repetition_penalty != 1:
-            seen = [row.seen[: row.length].to(logits.device) for row in rows]
-        if not sampling.greedy:
-            numbers = [uniform(sampling.seed, row.source.prompt.number, len(row.tokens)) for row in rows]
-        interrupted = self._interrupted()
-        for row, token in zip(rows, choose(logits, sampling, seen, numbers), strict=True):
+        for row, token in zip(rows, self._choose(rows, logits), strict=True):
+            interrupted = self._interrupted(row.source.prompt)
             self._take(row, token)
             if interrupted and row.finish is None:
                 row.finish = "interrupted"
             if row.finish is not None:
                 self._end(row)
 
+    def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
+        """The next token of each row, by its own rule."""
+        rule = rows[0].rule
+        others = [index for index, row in enumerate(rows) if row.rule != rule]
+        if others:
+            these = [index for index, row in enumerate(rows) if row.rule == rule]
+            chosen: dict[int, int] = {}
+            for members in (these, others):
+                chosen.update(
+                    zip(members, self._choose([rows[index] for index in members], logits[members]), strict=True)
+                )
+            return [chosen[index] for index in range(len(rows))]
+        seen = numbers = None
+        if rule.repetition_penalty != 1:
+            seen = [row.seen[: row.length].to(logits.device) for row in rows]
+        if not rule.greedy:
+            numbers = [uniform(row.settings.sampling.seed, row.source.prompt.number, len(row.tokens)) for row in rows]
+        return choose(logits, rule, seen, numbers)
+
     def _take(self, row: _Row, token: int) -> None:
         """Add one token to a row, and see whether that ends it."""
-        if token in self._settings.end_ids:
+        if token in row.settings.end_ids:
             row.finish = "eod"
             return
         if len(row.seen):
@@ -198,7 +235,7 @@ class Generator:
         self._say(row, row.scanner.feed(row.stream.feed(token)))
         if row.scanner.found is not None:
             row.finish = "stop"
-        elif len(row.tokens) >= self._settings.max_new_tokens:
+        elif len(row.tokens) >= row.settings.max_new_tokens:
             row.finish = "length"
         elif row.length > self._decoder.max_length:
             row.finish = "context"
@@ -218,16 +255,16 @@ class Generator:
             if self._show is not None:
                 self._show(row.source.prompt, piece)
 
-    def _retire(self) -> None:
+    def _retire(self) -> Iterator[tuple[int, Answer]]:
         """Move finished rows out; the last row takes the place, in the decoder and here."""
         for index in range(len(self._rows) - 1, -1, -1):
             row = self._rows[index]
             if row.finish is not None:
                 self._decoder.drop(index)
-                self._waiting[row.position] = self._answer(row)
                 last = self._rows.pop()
                 if last is not row:
                     self._rows[index] = last
+                yield row.position, self._answer(row)
 
     def _answer(self, row: _Row) -> Answer:
         assert row.finish is not None

@@ -33,6 +33,7 @@ OPTIONAL = {
     "scikit-learn": ("eval", "scores beyond accuracy and F1"),
     "transformers": ("hf", "opening our models elsewhere"),
     "tensorboard": ("log", "TensorBoard curves"),
+    "uvicorn": ("serve", "mlm generate --serve"),
 }
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",

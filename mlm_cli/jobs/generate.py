@@ -28,7 +28,9 @@ from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
 from mlm_cli.generation.output import AnswerWriter
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
+from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
+from mlm_cli.jobs.serve import Web
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.model import Model
 from mlm_cli.models.t5 import T5
@@ -81,8 +83,10 @@ def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -
     with _meeting(parallel) as told:
         model = _load(request, folder, parallel)
     if told.ready:
-        if request.interactive:  # there Ctrl-C is for rank 0, though the terminal sends it to all
+        if request.interactive or request.serve:  # there Ctrl-C is for rank 0, though the terminal sends it to all
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if request.serve:  # rank 0 finishes what is under way, and then lets the others go
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _decoder(request, folder, model).follow()
     return 0
 
@@ -96,12 +100,15 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         check_vocabulary(section, tokenizer, str(folder))
         settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
         encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5")
-        prompts = None if request.interactive else _prompts(request, encoder)
+        prompts = None if request.interactive or request.serve else _prompts(request, encoder)
+        web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
         decoder = _decoder(request, folder, _load(request, folder, parallel))
         told.ready = True
     try:
-        if prompts is None:
+        if web is not None:
+            web.serve(Service(decoder, settings, lambda: text_stream(tokenizer)), encoder, settings, section)
+        elif prompts is None:
             _talk(request, settings, decoder, tokenizer)
         else:
             _answer_all(request, settings, decoder, tokenizer, prompts)

@@ -27,7 +27,18 @@ FROZEN: dict[str, set[str]] = {
     "finetune": SHARED,
     "evaluate": SHARED | {"--task", "--data", "--stride", "--batch-size", "--limit", "--ensemble"},
     "generate": SHARED
-    | {"--prompt", "--prompts", "--interactive", "--max-new-tokens", "--temperature", "--top-k", "--top-p"}
+    | {
+        "--prompt",
+        "--prompts",
+        "--interactive",
+        "--serve",
+        "--host",
+        "--port",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+    }
     | {"--repetition-penalty", "--stop", "--batch-size"},
     "convert": TALK
     | {

@@ -159,7 +159,7 @@ def test_pieces_shown_are_the_answer_and_an_interruption_keeps_it(model: Any) ->
         Settings(Sampling(temperature=0), 50, end_ids=frozenset()),
         Numbers,
         show=lambda _prompt, piece: shown.append(piece),
-        interrupted=lambda: len(shown) >= 5,
+        interrupted=lambda _prompt: len(shown) >= 5,
     )
     answer = next(generator.answers(encoded(PROMPTS[:1])))
     assert answer.finish_reason == "interrupted"

@@ -1,0 +1,209 @@
+"""`mlm generate --serve` as its clients see it: a real process, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from mlm_cli.cli.app import run
+from mlm_cli.config.requests import GenerateRequest
+from mlm_cli.jobs import generate
+from tests.generation.folders import save_folder
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 20, "naïve café — 東京 🙂 " * 40]
+ASKED = ["The quick", "naïve", "", "東京 brown", "dog. The lazy", "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "gpt2"
+    path.mkdir()
+    save_folder(path, "gpt2", TEXTS)
+    return path
+
+
+class Server:
+    """A running `mlm generate --serve`."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "mlm_cli", "generate", str(folder), "--serve", "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--max-new-tokens", "20", *options], stderr=subprocess.PIPE, text=True, env={**os.environ}
+        )
+        assert self.process.stderr is not None
+        said = ""
+        while not (found := re.search(r"answers POST (http://[^/]+)/v1/completions", said)):
+            line = self.process.stderr.readline()
+            assert line, said
+            said += line
+        self.address = found.group(1)
+
+    def open(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60)
+
+    def ask(self, **body: Any) -> Any:
+        with self.open("/v1/completions", {"temperature": 0, **body}) as reply:
+            return json.loads(reply.read())
+
+    def refusal(self, path: str = "/v1/completions", **body: Any) -> tuple[int, str, str | None]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.open(path, body)
+        error = json.loads(caught.value.read())["error"]
+        return caught.value.code, error["message"], error["param"]
+
+    def events(self, **body: Any) -> list[Any]:
+        with self.open("/v1/completions", {"temperature": 0, "stream": True, **body}) as reply:
+            assert reply.headers["Content-Type"].startswith("text/event-stream")
+            blocks = reply.read().decode().split("\n\n")
+        assert blocks[-2:] == ["data: [DONE]", ""]
+        return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        assert self.process.stderr is not None
+        self.last_words = self.process.stderr.read()
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    made = Server(folder, "--batch-size", "3")
+    yield made
+    assert made.end(signal.SIGINT) == 0
+    assert "Traceback" not in made.last_words
+
+
+def test_many_at_once_get_what_one_gets(server: Server, folder: Path, capsys: Any) -> None:
+    """Six askers, three rows: each answer is that of `mlm generate`, and of transformers."""
+    request = GenerateRequest(
+        str(folder), prompts=tuple(ASKED), temperature=0.0, max_new_tokens=20, format="json", batch_size=1
+    )
+    generate.run(request)
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda text: server.ask(prompt=text, model="gpt2"), ASKED))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for text, reply, line in zip(ASKED, replies, expected, strict=True):
+        choice, usage = reply["choices"][0], reply["usage"]
+        assert choice["text"] == line["text"] and choice["index"] == 0
+        assert choice["finish_reason"] == {"eod": "stop", "length": "length"}[line["finish_reason"]]
+        assert usage["prompt_tokens"] == line["num_prompt_tokens"] and usage["completion_tokens"] == line["num_tokens"]
+        assert (reply["object"], reply["model"]) == ("text_completion", "gpt2")
+        ids = tokenizer(text or tokenizer.eos_token, return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, ids.shape[1] :]
+        assert choice["text"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert server.ask(prompt=ids[0].tolist())["choices"][0]["text"] == choice["text"]
+
+
+def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:
+    whole = server.ask(prompt="The quick")
+    events = server.events(prompt="The quick", stream_options={"include_usage": True})
+    pieces = [choice for event in events for choice in event["choices"]]
+    assert len(pieces) > 5 and "".join(piece["text"] for piece in pieces) == whole["choices"][0]["text"]
+    assert [piece["finish_reason"] for piece in pieces[-2:]] == [None, whole["choices"][0]["finish_reason"]]
+    assert events[-1]["usage"] == whole["usage"] and events[-1]["choices"] == []
+    assert len({event["id"] for event in events}) == 1
+    echoed = server.events(prompt="The quick", echo=True)
+    assert "".join(c["text"] for e in echoed for c in e["choices"]) == "The quick" + whole["choices"][0]["text"]
+
+
+def test_several_prompts_and_answers(server: Server) -> None:
+    body = {"prompt": ["The quick", "dog"], "n": 3, "temperature": 1.0, "max_tokens": 8}
+    first = server.ask(**body, seed=7)
+    texts = [choice["text"] for choice in first["choices"]]
+    assert [choice["index"] for choice in first["choices"]] == list(range(6)) and len(set(texts)) == 6
+    assert server.ask(**body, seed=7)["choices"] == first["choices"] and first["seed"] == 7
+    # Without a seed each request has its own, which is told and gives the same again.
+    free, other = server.ask(**body), server.ask(**body)
+    assert free["choices"] != other["choices"]
+    assert server.ask(**body, seed=free["seed"])["choices"] == free["choices"]
+    prompts = sum(server.ask(prompt=text)["usage"]["prompt_tokens"] for text in body["prompt"])
+    assert first["usage"]["prompt_tokens"] == prompts
+    assert server.ask(prompt="dog", echo=True)["choices"][0]["text"].startswith("dog")
+
+
+def test_stop_strings_and_lengths(server: Server) -> None:
+    whole = server.ask(prompt="The quick")["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:3]
+    choice = server.ask(prompt="The quick", stop=stop)["choices"][0]
+    assert choice == {
+        "index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    assert server.ask(prompt="The quick", max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_what_cannot_be_done_is_refused_by_name(server: Server) -> None:
+    for body, status, message, param in (
+        ({"prompt": "x", "max_token": 5}, 400, "Extra inputs are not permitted", "max_token"),
+        ({}, 400, "Field required", "prompt"),
+        ({"prompt": "x", "logprobs": 3}, 400, "should be None", "logprobs"),
+        ({"prompt": "x", "temperature": -1}, 400, "temperature -1.0 is not a number of 0 or more", None),
+        ({"prompt": "x", "max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
+        ({"prompt": "x", "stop": ""}, 400, "empty stop", None),
+        ({"prompt": "x " * 200}, 400, "the model's context holds 96", None),
+        ({"prompt": [[1, 2], [400]]}, 400, "prompt 1: ids from 0 to 399", None),
+        ({"prompt": []}, 400, "0 prompts", None),
+        ({"prompt": "x", "n": 500}, 400, "1 to 128 answers", None),
+        ({"prompt": "x", "model": "gpt3"}, 404, "`gpt2` is", "model"),
+    ):
+        found = server.refusal(**body)
+        assert found[0] == status and message in found[1] and found[2] == param, found
+    with server.open("/v1/models") as reply:
+        assert [model["id"] for model in json.loads(reply.read())["data"]] == ["gpt2"]
+    with server.open("/health") as reply:
+        assert json.loads(reply.read()) == {"status": "ok"}
+
+
+def test_who_hangs_up_frees_the_row(server: Server) -> None:
+    """Three endless streams fill the rows; their askers go; a fourth is answered."""
+    host, port = server.address.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "The", "stream": True, "max_tokens": 90, "temperature": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    for _ in range(6):
+        with socket.create_connection((host, int(port)), timeout=30) as door:
+            door.sendall(head.encode() + b"\r\n\r\n" + body)
+            assert b"200 OK" in door.recv(64)
+    assert server.ask(prompt="The quick", max_tokens=4)["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_ranks_serve_and_end_together(folder: Path, number: signal.Signals, server: Server) -> None:
+    sliced = Server(folder, "--nproc", "2")
+    assert sliced.ask(prompt="The quick")["choices"] == server.ask(prompt="The quick")["choices"]
+    assert sliced.end(number) == 0, sliced.last_words
+    assert "Traceback" not in sliced.last_words and "error" not in sliced.last_words
+
+
+def test_a_port_in_use_is_told_before_the_weights_are_read(folder: Path, capsys: Any) -> None:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        port = str(door.getsockname()[1])
+        assert run(["generate", str(folder), "--serve", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    assert run(["generate", str(folder), "--serve", "--prompt", "x"]) == 2
+    assert "`--prompt` and `--serve` exclude each other" in capsys.readouterr().err
+    assert run(["generate", str(folder), "--serve", "--output", "x.txt"]) == 2
+    assert "`--serve` and `--output` exclude each other" in capsys.readouterr().err
