@@ -20,6 +20,7 @@ inline Doubles sqrt(Doubles a) { return {__builtin_sqrt(a.v)}; }
 inline double sum(Doubles a) { return a.v; }
 inline double maximum(Doubles a) { return a.v; }
 inline Doubles reciprocal(Doubles a) { return {1.0 / a.v}; }
+inline Doubles zero_below(Doubles a, Doubles x, double limit) { return {x.v < limit ? 0.0 : a.v}; }
 inline Doubles inside(Doubles a, Full, double) { return a; }
 inline Doubles inside(Doubles a, Tail, double) { return a; }
 template <class Tag>

@@ -92,5 +92,5 @@ def test_the_time_limit_saves_in_time_on_all_ranks(
     run = tmp_path / "run"
     assert run_ranks(_until_the_limit, 2, str(data), str(run)) == [75, 75]
     (step,) = RunFolder(run).steps()
-    assert 1 < step < 5000 and metrics(run)[-1]["step"] == step
+    assert 1 <= step < 5000 and metrics(run)[-1]["step"] == step  # a busy machine may have been that slow to start
     assert status(run)["message"] == "time limit" and status(run)["exit_code"] == 75

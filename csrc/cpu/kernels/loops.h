@@ -127,9 +127,12 @@ MLM_INLINE Floats exp(Floats argument) {
   return zero_below(scale_by_power(p, n), argument, lowest);
 }
 
+// 0 below -80 (the result would be under 2e-35), so that the largest negative numbers come out of an activation as 0; the
+// clamp keeps the reciprocal in the normal range.
 template <class V>
 MLM_INLINE V sigmoid(V x) {
   using A = typename V::scalar;
-  // Beyond 80 the result is below 2e-35: the clamp keeps the reciprocal in the normal range.
-  return reciprocal(V::set(A(1)) + exp(min(V::set(A(80)), V::set(A(0)) - x)));
+  constexpr A limit = sizeof(A) == 8 ? 700 : 80;
+  const V s = reciprocal(V::set(A(1)) + exp(min(V::set(limit), V::set(A(0)) - x)));
+  return zero_below(s, x, -limit);
 }

@@ -17,9 +17,11 @@ struct Activation {
   int64_t rows_per_block;
 };
 
-// The clamp keeps inf / inf out: beyond 80 the result is below 2e-35. NaN passes through it.
+// 0 below -80 (the result would be under 2e-35), so that the largest negative numbers come out of an activation as 0; NaN
+// passes. An overflow of the exponential is not selected.
 __device__ inline float sigmoid(float x) {
-  return divide_fast(1.0f, 1.0f + exp_fast(x < -80.0f ? 80.0f : -x));
+  const float s = divide_fast(1.0f, 1.0f + exp_fast(-x));
+  return x < -80.0f ? 0.0f : s;
 }
 
 constexpr float kGelu = 1.5957691216057308f;  // 2 sqrt(2 / pi)

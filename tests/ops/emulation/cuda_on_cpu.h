@@ -3,6 +3,7 @@
 // hang or go wrong on a GPU, ends the program.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 #include <vector>
@@ -34,38 +36,53 @@ namespace emulation {
 
 enum State { kRunning, kShuffle, kBarrier, kDone };
 
+// A thread, with a stack of its own; kept from block to block. It is entered once through its context, and from then on
+// switched to by a jump, which asks nothing of the kernel.
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  jmp_buf point;
+  bool entered = false;
+  std::vector<char> stack = std::vector<char>(32768);
   dim3 index;
-  State state = kRunning;
+  State state = kDone;
   unsigned shuffles = 0;
   float slot[2];
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline std::deque<Fiber> fibers;
+inline jmp_buf scheduler;
 inline size_t current;
 inline std::function<void()> body;
 inline std::vector<float> dynamic;
 
 inline float* dynamic_shared() { return dynamic.data(); }
 
-inline void pause(State state) {
-  fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+__attribute__((noinline)) inline void pause(State state) {
+  Fiber& me = fibers[current];
+  me.state = state;
+  if (_setjmp(me.point) == 0) _longjmp(scheduler, 1);
 }
 
 inline void entry() {
-  body();
-  fibers[current].state = kDone;
+  while (true) {
+    body();
+    pause(kDone);
+  }
 }
 
-inline void resume(size_t i) {
+__attribute__((noinline)) inline void resume(size_t i) {
   current = i;
-  threadIdx = fibers[i].index;
-  fibers[i].state = kRunning;
-  swapcontext(&scheduler, &fibers[i].context);
+  Fiber& fiber = fibers[i];
+  threadIdx = fiber.index;
+  fiber.state = kRunning;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.point, 1);
+  fiber.entered = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, entry, 0);
+  setcontext(&fiber.context);
 }
 
 [[noreturn]] inline void fail(const char* why) {
@@ -85,18 +102,12 @@ inline void run_warp(size_t first, size_t last) {
 inline void run_block() {
   const size_t count = static_cast<size_t>(blockDim.x) * blockDim.y;
   if (count % 32) fail("a block is not whole warps");
-  if (fibers.size() < count) fibers.resize(count);
+  while (fibers.size() < count) fibers.emplace_back();
   for (size_t i = 0; i < count; ++i) {
     Fiber& f = fibers[i];
-    f.stack.resize(32768);
     f.index = dim3(static_cast<unsigned>(i % blockDim.x), static_cast<unsigned>(i / blockDim.x));
     f.state = kRunning;
     f.shuffles = 0;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = &scheduler;
-    makecontext(&f.context, entry, 0);
   }
   // Warps take turns in any order between two barriers, as on a GPU: what relies on theirs comes out differently.
   static std::minstd_rand any(1);
