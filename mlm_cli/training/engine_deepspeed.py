@@ -121,7 +121,7 @@ class DeepSpeedEngine:
             distributed.join_alone(parallel.device)  # DeepSpeed wants a group all the same
             parallel = ParallelContext.create(device=parallel.device)
         engine = initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
-        shared_collectives.install(parallel.replicas)
+        shared_collectives.install(parallel.replicas, engine)
         return engine
 
     @property

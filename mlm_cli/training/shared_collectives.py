@@ -6,11 +6,15 @@ two that ZeRO is made of, for one group: sums of gradients and gathers of weight
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlm_cli.parallel.context import Group
+
+_USUAL = {"rank": None, "divide": True, "process_group": None, "log": None}  # for all ranks, over the usual group
 
 
 class SharedCollectives:
@@ -44,9 +48,40 @@ class SharedCollectives:
         )
 
 
-def install(group: Group) -> None:
-    """From now on DeepSpeed's sums and gathers over ``group`` go through its shared memory, where it has any."""
+def install(group: Group, engine: Any) -> None:
+    """From now on DeepSpeed's sums and gathers over ``group`` go through its shared memory, where it has any.
+
+    Args:
+        engine: DeepSpeed's. Its gradients, and those of its optimizer, are then averaged where they lie.
+    """
     import deepspeed.comm.comm as comm
 
     backend = comm.cdb._backend if isinstance(comm.cdb, SharedCollectives) else comm.cdb
     comm.cdb = SharedCollectives(backend, group) if group.shared is not None else backend
+    if group.shared is not None:
+        for owner in (engine, engine.optimizer):
+            if hasattr(owner, "allreduce_and_copy"):
+                owner.allreduce_and_copy = _averaged_in_place(owner.allreduce_and_copy, group)
+
+
+def _averaged_in_place(original: Callable[..., None], group: Group) -> Callable[..., None]:
+    """For ``allreduce_and_copy`` of DeepSpeed's engine and of its ZeRO optimizer, which average a bucket of gradients.
+
+    They copy it into one tensor, sum that and copy back: worth it where each message costs, and here three passes over
+    memory too many.
+    """
+    shared = group.shared
+    assert shared is not None
+
+    def average(bucket: Sequence[Tensor], *args: Any, **more: Any) -> None:
+        # The engine gives the group and its size, the optimizer the type that is sent; more is asked for rarely.
+        ours = args in ((group.handle, group.size), (torch.float32,))
+        ours = ours and all(_USUAL.get(key, more) == value for key, value in more.items() if key != "output_bucket")
+        ours = ours and all(output is None for output in more.get("output_bucket") or ())
+        if not (ours and all(grad.dtype == torch.float32 and shared.takes(grad) for grad in bucket)):
+            original(bucket, *args, **more)
+            return
+        for grad in bucket:
+            shared.sum_(grad.div_(group.size))
+
+    return average
