@@ -127,11 +127,20 @@ inline Floats hide(Floats a, const uint8_t* mask, Tail t) {
   return {_mm512_mask_mov_ps(a.v, m, _mm512_set1_ps(-__builtin_inff()))};
 }
 
-inline void stream_bits(void* p, __m256i a, __m256i b) {
-  _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+// Two vectors side by side are a whole cache line, written at once.
+inline void put_bits(void* p, __m256i a, __m256i b, bool past_cache) {
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  if (past_cache)
+    _mm512_stream_si512(static_cast<__m512i*>(p), line);
+  else
+    _mm512_storeu_si512(p, line);
 }
-inline void stream(bf16* p, Floats a, Floats b) { stream_bits(p, narrow_bits(a), narrow_bits(b)); }
-inline void stream(f16* p, Floats a, Floats b) { stream_bits(p, half_bits(a), half_bits(b)); }
+inline void put_two(bf16* p, Floats a, Floats b, bool past_cache) {
+  put_bits(p, narrow_bits(a), narrow_bits(b), past_cache);
+}
+inline void put_two(f16* p, Floats a, Floats b, bool past_cache) {
+  put_bits(p, half_bits(a), half_bits(b), past_cache);
+}
 
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -307,11 +307,22 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def listening(app: FastAPI, door: socket.socket) -> Iterator[None]:
-    """Serve ``app`` in a thread beside the body; on the way out, replies under way are finished first."""
+def listening(app: FastAPI, door: socket.socket, ended: Callable[[], None]) -> Iterator[None]:
+    """Serve ``app`` in a thread beside the body; on the way out, replies under way are finished first.
+
+    Args:
+        ended: called when nobody listens any more, whatever the reason.
+    """
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, name="http", daemon=True)
+
+    def listen() -> None:
+        try:
+            server.run(sockets=[door])
+        finally:
+            ended()
+
+    thread = threading.Thread(target=listen, name="http", daemon=True)
     thread.start()
     try:
         yield

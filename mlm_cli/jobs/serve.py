@@ -52,7 +52,7 @@ class Web:
 
         before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with self._server.listening(self._server.build_app(served), self._door):
+            with self._server.listening(self._server.build_app(served), self._door, service.stop):
                 host, port = self._door.getsockname()[:2]
                 address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 log.info(f"{name} answers POST http://{address}/v1/completions; Ctrl-C ends")

@@ -196,6 +196,16 @@ def test_two_ranks_serve_and_end_together(folder: Path, number: signal.Signals, 
     assert "Traceback" not in sliced.last_words and "error" not in sliced.last_words
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_server_down(folder: Path) -> None:
+    sliced = Server(folder, "--nproc", "2")
+    children = Path(f"/proc/{sliced.process.pid}/task/{sliced.process.pid}/children").read_text().split()
+    ranks = [number for number in children if b"RANK=1" in Path(f"/proc/{number}/environ").read_bytes().split(b"\0")]
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    assert sliced.process.wait(timeout=30) == 6
+    assert sliced.process.stderr is not None and "rank 1 of 2 was lost" in sliced.process.stderr.read()
+
+
 def test_a_port_in_use_is_told_before_the_weights_are_read(folder: Path, capsys: Any) -> None:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))

@@ -54,12 +54,24 @@ MLM_INLINE void put(T* p, V v, Tail tail, bool) {
   store(p, v, tail);
 }
 
+// Whole vectors side by side; an instruction set may have a quicker way for a type.
+template <class T, class V>
+MLM_INLINE void put_two(T* p, V a, V b, bool past_cache) {
+  put(p, a, Full{}, past_cache);
+  put(p + V::N, b, Full{}, past_cache);
+}
+
 // Writes vectors that lie side by side, one right after the other: where a line goes past the cache, loads between its parts
 // let some of it leave the processor before the rest arrives, and that costs two trips to memory.
 template <int K, class T, class V, class Tag>
 MLM_INLINE void put_all(T* p, const V* v, Tag tag, bool past_cache) {
+  if constexpr (K % 2 == 0) {  // which a tail never is
+#pragma GCC unroll 2
+    for (int k = 0; k < K; k += 2) put_two(p + k * V::N, v[k], v[k + 1], past_cache);
+  } else {
 #pragma GCC unroll 4
-  for (int k = 0; k < K; ++k) put(p + k * V::N, v[k], tag, past_cache);
+    for (int k = 0; k < K; ++k) put(p + k * V::N, v[k], tag, past_cache);
+  }
 }
 
 // f(column, Full | Tail, Index<vectors from there on>) over [0, end): by whole cache lines of T while there are any (four
