@@ -21,6 +21,7 @@ BENCHMARKS = {
     "layouts": ["layouts.py"],
     "bert": ["bert.py"],
     "generate": ["generate.py"],
+    "serve": ["serve.py"],
     "checkpoint": ["checkpoint.py"],
     "megatron_core": ["megatron_core.py"],
     "sparse_attention": ["sparse_attention.py"],

@@ -42,8 +42,12 @@ def generate(
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Talk on the terminal until Ctrl-D.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Answer completions over HTTP, as OpenAI's API.")] = False,
-    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where --serve listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="ADDRESS", help="Where --serve listens; unset: 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, metavar="N", help="Of --serve; unset: 8000, 0: any free.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to add, at most.")
     ] = None,
@@ -106,8 +110,13 @@ def generate(
     flags = overlay(seed=seed, output=output) | {f"generate.{key}": value for key, value in sampling.items()}
     source = _source(prompt, prompts, interactive, serve)
     way: dict[str, Any] = {"prompts": tuple(prompt or ()), "prompts_file": source, "interactive": interactive}
+    where = overlay(host=host, port=port)
     if serve:
-        way |= {"serve": True, "host": host, "port": port}
+        way |= {"serve": True, **where}
+        if format != "text":
+            raise UsageError("`--serve` answers in JSON whatever `--format` says", hint="leave --format out")
+    elif where:
+        raise UsageError(f"`--{next(iter(where))}` is for `--serve`", hint="add --serve, or leave it out")
     return run_request(
         "generate",
         lambda resolved, ranks: _request(resolved, words, way, format),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mlm_cli.errors import UsageError
+from mlm_cli.errors import NumericsError, UsageError
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling, choose, uniform
@@ -22,7 +22,8 @@ from mlm_cli.generation.stopping import StopScanner
 from mlm_cli.generation.text_stream import TextStream
 
 # eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
-FinishReason = Literal["eod", "stop", "length", "context", "interrupted"]
+# error: the model's logits are not numbers.
+FinishReason = Literal["eod", "stop", "length", "context", "interrupted", "error"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Generator:
         new_stream: makes a ``TextStream`` of the model's tokenizer.
         show: called with each piece of text as soon as it is certain. Pieces of several rows come interleaved.
         interrupted: asked once a token of a prompt; True ends its answer with the reason ``interrupted``.
+        strict: logits that are not numbers are a NumericsError; else they end the answer, with the reason ``error``.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class Generator:
         *,
         show: Callable[[Prompt, str], None] | None = None,
         interrupted: Callable[[Prompt], bool] = lambda _prompt: False,
+        strict: bool = True,
     ) -> None:
         self._decoder, self._settings, self._new_stream = decoder, settings, new_stream
-        self._show, self._interrupted = show, interrupted
+        self._show, self._interrupted, self._strict = show, interrupted, strict
         self._rows: list[_Row] = []
 
     @property
@@ -226,6 +229,13 @@ class Generator:
 
     def _take(self, row: _Row, token: int) -> None:
         """Add one token to a row, and see whether that ends it."""
+        if token < 0:
+            if self._strict:
+                raise NumericsError(
+                    "the model's logits are not finite numbers", hint="check the checkpoint, or use fp32"
+                )
+            row.finish = "error"
+            return
         if token in row.settings.end_ids:
             row.finish = "eod"
             return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlm_cli.errors import NumericsError, UsageError
+from mlm_cli.errors import UsageError
 
 # Nucleus sampling rarely needs more candidates than this; sorting a whole vocabulary of 50,304 costs some 3 ms.
 _NUCLEUS_GUESS = 512
@@ -45,14 +45,16 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature {self.temperature} is not a number of 0 or more", hint="0 is greedy")
+        if not (math.isfinite(self.temperature) and (self.temperature >= 1e-6 or self.temperature == 0)):
+            raise UsageError(f"temperature {self.temperature} is neither 0 nor 1e-6 or more", hint="0 is greedy")
         if self.top_k < 0:
             raise UsageError(f"top-k {self.top_k} is negative", hint="0 keeps every token")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not in (0, 1]", hint="1 keeps every token")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UsageError(f"repetition penalty {self.repetition_penalty} is not above 0", hint="1 is no penalty")
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise UsageError(
+                f"repetition penalty {self.repetition_penalty} is not between 0.001 and 1000", hint="1 is no penalty"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -133,18 +135,16 @@ def choose(
     seen: Sequence[Tensor] | None = None,
     numbers: Sequence[float] | None = None,
 ) -> list[int]:
-    """The next token of each row; the one place a decoding step waits for the device.
+    """The next token of each row, -1 where its logits are not numbers; the one place a step waits for the device.
 
     Args:
         logits: [b, v], of the true vocabulary only.
         sampling: how to choose.
         seen: per row the ids of prompt and answer so far; needed with a repetition penalty.
         numbers: per row a number in [0, 1); needed unless greedy.
-
-    Raises:
-        NumericsError: logits that are not numbers.
     """
     logits = logits.float()
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN where any of the row is
     if sampling.repetition_penalty != 1:
         assert seen is not None
         logits = logits.clone()
@@ -152,14 +152,8 @@ def choose(
             penalise_repetition(row, ids, sampling.repetition_penalty)
     if sampling.greedy:
         picked = logits.argmax(dim=-1)
-        largest = logits.gather(-1, picked[:, None])[:, 0]
     else:
         assert numbers is not None
-        logits = cut_top_p(cut_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
-        picked = draw(logits, numbers)
-        largest = logits.amax(dim=-1)
-    # The largest of a row is NaN where any is.
-    tokens, fine = torch.stack((picked, torch.isfinite(largest).long())).tolist()
-    if not all(fine):
-        raise NumericsError("the model's logits are not finite numbers", hint="check the checkpoint, or use fp32")
-    return tokens
+        below = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # however small that is
+        picked = draw(cut_top_p(cut_top_k(below, sampling.top_k), sampling.top_p), numbers)
+    return torch.where(torch.isfinite(largest[:, 0]), picked, -1).tolist()

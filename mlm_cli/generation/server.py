@@ -1,12 +1,11 @@
-"""`mlm generate --serve`: completions over HTTP, in the form of OpenAI's API (platform.openai.com/docs/api-reference).
-
-What its clients send is understood or refused by name; nothing is silently left out.
-"""
+"""`mlm generate --serve`: completions over HTTP. What is asked is in ``completions``, who answers in ``service``."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import logging
 import random
 import secrets
 import socket
@@ -15,113 +14,73 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
-from mlm_cli.errors import DataError, MlmError, ResourceError, UsageError
-from mlm_cli.generation.encoding import PromptEncoder
+from mlm_cli.errors import MlmError, ResourceError, UsageError
+from mlm_cli.generation import completions
+from mlm_cli.generation.completions import Asked, CompletionRequest, Refusal
 from mlm_cli.generation.generator import Answer, EncodedPrompt, Settings
-from mlm_cli.generation.prompts import Prompt
-from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Job, Service
 
-_MOST_CHOICES = 128  # of one request
 _FINISH = {"eod": "stop", "stop": "stop", "length": "length", "context": "length"}
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-
-
-class CompletionRequest(BaseModel):
-    """Body of ``POST /v1/completions``; ``top_k`` and ``repetition_penalty`` are additions, named as in vLLM."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    n: int = Field(default=1, ge=1)
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    echo: bool = False
-    user: str | None = None
-    # Known to OpenAI's clients, of use here only as they are when left out.
-    best_of: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
-    logprobs: None = None
-    suffix: None = None
+_NOT_NUMBERS = "the model's logits are not finite numbers"
+_ENDING = "the server is ending"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model and how it is asked.
-
-    Attributes:
-        settings: what a request does not say.
-        longest: tokens that an answer may have at most; None: what the model's context leaves.
-        vocab_size: ids below it may stand in a prompt given as tokens.
-        context: tokens of a prompt at most.
-    """
+    """A model under its name: who answers, and how it is asked."""
 
     name: str
     service: Service
-    encoder: PromptEncoder
-    settings: Settings
-    vocab_size: int
-    context: int
-    longest: int | None = None
+    asked: Asked
 
 
 def build_app(served: Served) -> FastAPI:
     """The routes: ``/v1/completions``, ``/v1/models``, ``/health``."""
-    app = FastAPI(title="mlm", docs_url=None, redoc_url=None)
+    app = FastAPI(title="mlm", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     began = int(time.time())
-    seeds = random.Random(served.settings.sampling.seed)
+    seeds = random.Random(served.asked.settings.sampling.seed)
 
-    @app.exception_handler(RequestValidationError)
-    def _refused(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        return _error(400, f"{'.'.join(where) or 'body'}: {first['msg']}", where[0] if where else None)
+    @app.exception_handler(HTTPException)
+    async def _no_route(request: Request, error: HTTPException) -> Response:
+        there = "; POST /v1/completions, GET /v1/models and /health are there"
+        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}{there}")
 
     @app.exception_handler(MlmError)
-    def _failed(_request: Request, error: MlmError) -> Response:
-        message = error.message + (f" ({error.hint})" if error.hint else "")
-        return _error(503 if isinstance(error, ResourceError) else 400, message)
+    async def _failed(_request: Request, error: MlmError) -> Response:
+        if isinstance(error, Refusal):
+            return _error(error.status, error.message, error.field)
+        return _error(503 if isinstance(error, ResourceError) else 400, error.message)
 
-    @app.get("/health")
-    def _health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.exception_handler(Exception)
+    async def _bug(_request: Request, error: Exception) -> Response:
+        return _error(500, f"{type(error).__name__}: {error}")
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def _health() -> Response:
+        return JSONResponse({"status": "ok"})
 
     @app.get("/v1/models")
-    def _models() -> dict[str, Any]:
+    async def _models() -> Response:
         model = {"id": served.name, "object": "model", "created": began, "owned_by": "mlm"}
-        return {"object": "list", "data": [model]}
+        return JSONResponse({"object": "list", "data": [model]})
 
     @app.post("/v1/completions")
-    async def _completions(body: CompletionRequest, request: Request) -> Response:
+    async def _completions(request: Request) -> Response:
+        body = completions.parse(await _read(request))
         if body.model not in (None, served.name):
-            return _error(404, f"the model `{body.model}` is not served here; `{served.name}` is", "model")
-        prompts = _prompts(body, served)
-        settings = _settings(body, served, seeds.getrandbits(31))
+            raise Refusal(404, f"the model `{body.model}` is not served here; `{served.name}` is", "model")
+        settings = completions.settings_of(body, served.asked, seeds.getrandbits(31))
+        # Long texts take their time, in which others are to be answered.
+        prompts = await asyncio.to_thread(completions.prompts_of, body, served.asked)
         run = _Run(body, served, settings, prompts)
-        run.submit()
+        served.service.submit(run.jobs)
         if body.stream:
             return StreamingResponse(run.events(), media_type="text/event-stream")
         return await run.document(request)
@@ -129,56 +88,21 @@ def build_app(served: Served) -> FastAPI:
     return app
 
 
-def _error(status: int, message: str, param: str | None = None) -> Response:
+async def _read(request: Request) -> bytes:
+    """The body. Raises Refusal: it is too long."""
+    parts, size = list[bytes](), 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= completions.MOST_BYTES:  # the rest is read and dropped: clients look for a reply only behind it
+            parts.append(part)
+    if size > completions.MOST_BYTES:
+        raise Refusal(413, f"the body has more than {completions.MOST_BYTES >> 20} MiB")
+    return b"".join(parts)
+
+
+def _error(status: int, message: str, field: str | None = None) -> Response:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": None}}, status)
-
-
-def _prompts(body: CompletionRequest, served: Served) -> list[EncodedPrompt]:
-    """One for each choice, ``n`` after each other for each prompt.
-
-    Raises:
-        DataError, UsageError: a prompt that the model cannot read.
-    """
-    given = body.prompt
-    texts = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
-    if not 0 < len(texts) * body.n <= _MOST_CHOICES:
-        raise UsageError(f"{len(texts)} prompts with n={body.n}: a request may have 1 to {_MOST_CHOICES} answers")
-    found: list[EncodedPrompt] = []
-    for place, text in enumerate(texts):
-        where = f"prompt {place}" if len(texts) > 1 else "prompt"
-        if isinstance(text, str):
-            encoded = served.encoder.encode(Prompt(0, text, None, where))
-        else:
-            encoded = EncodedPrompt(Prompt(0, "", None, where), _checked_ids(text, where, served))  # type: ignore[arg-type]
-        # The number is what chance depends on beside the seed: the same for equal requests.
-        found += [replace(encoded, prompt=replace(encoded.prompt, number=place * body.n + i)) for i in range(body.n)]
-    if body.echo and any(not isinstance(text, str) for text in texts):
-        raise UsageError("echo: a prompt given as tokens has no text to give back")
-    return found
-
-
-def _checked_ids(ids: list[int], where: str, served: Served) -> list[int]:
-    if not ids or min(ids) < 0 or max(ids) >= served.vocab_size:
-        raise DataError(f"{where}: ids from 0 to {served.vocab_size - 1}, at least one, make a prompt")
-    if len(ids) > served.context:
-        raise DataError(f"{where}: the prompt has {len(ids)} tokens, the model's context holds {served.context}")
-    return ids
-
-
-def _settings(body: CompletionRequest, served: Served, seed: int) -> Settings:
-    """The server's settings with what the request says; without a seed, one of its own."""
-    given: dict[str, Any] = {
-        "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k,
-        "repetition_penalty": body.repetition_penalty, "seed": seed if body.seed is None else body.seed,
-    }  # fmt: skip
-    sampling: Sampling = replace(served.settings.sampling, **{k: v for k, v in given.items() if v is not None})
-    tokens = served.settings.max_new_tokens if body.max_tokens is None else body.max_tokens
-    if served.longest is not None and tokens > served.longest:
-        raise UsageError(f"max_tokens: {tokens} is more than the {served.longest} that this server was started with")
-    stop = body.stop
-    stops = served.settings.stops if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    return replace(served.settings, sampling=sampling, max_new_tokens=tokens, stops=stops)
+    return JSONResponse({"error": {"message": message, "type": kind, "param": field, "code": None}}, status)
 
 
 class _Run:
@@ -189,52 +113,41 @@ class _Run:
     ) -> None:
         self.body, self.served, self.settings, self.prompts = body, served, settings, prompts
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        self.jobs: list[Job] = []
         self.news: asyncio.Queue[tuple[int, str | Answer | None]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
+        self.jobs = [self._job(index, prompt) for index, prompt in enumerate(prompts)]
 
-    def submit(self) -> None:
-        try:
-            for index, prompt in enumerate(self.prompts):
-                told = self._teller(index)
-                job = Job(replace(prompt, settings=self.settings), told, told)
-                self.served.service.submit(job)
-                self.jobs.append(job)
-        except ResourceError:
-            self.cancel()
-            raise
-
-    def _teller(self, index: int) -> Callable[[str | Answer | None], None]:
+    def _job(self, index: int, prompt: EncodedPrompt) -> Job:
         def tell(news: str | Answer | None) -> None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 self.loop.call_soon_threadsafe(self.news.put_nowait, (index, news))
 
-        return tell
-
-    def cancel(self) -> None:
-        for job in self.jobs:
-            job.cancelled = True
+        on_piece = tell if self.body.stream else lambda _piece: None
+        return Job(replace(prompt, settings=self.settings), on_piece, tell)
 
     async def document(self, request: Request) -> Response:
         """All answers as one document."""
+        gone = asyncio.ensure_future(_hangs_up(request))
         answers: dict[int, Answer] = {}
         try:
             while len(answers) < len(self.jobs):
-                try:
-                    index, news = await asyncio.wait_for(self.news.get(), 1.0)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=499)  # nobody reads it
-                    continue
-                if news is None:
-                    return _error(503, "the server is ending")
-                if isinstance(news, Answer):
-                    answers[index] = news
+                news = asyncio.ensure_future(self.news.get())
+                done, _ = await asyncio.wait({gone, news}, return_when=asyncio.FIRST_COMPLETED)
+                if news not in done:
+                    news.cancel()
+                    return Response(status_code=499)  # nobody reads it
+                index, answer = news.result()
+                if not isinstance(answer, Answer):
+                    return _error(503, _ENDING)
+                if answer.finish_reason == "error":
+                    return _error(500, _NOT_NUMBERS)
+                answers[index] = answer
         finally:
-            self.cancel()
-        done = [answers[index] for index in range(len(self.jobs))]
-        choices = [self._choice(i, self._text(i, answer.text), answer) for i, answer in enumerate(done)]
-        return JSONResponse(self._head() | {"choices": choices, "usage": self._usage(done)})
+            gone.cancel()
+            self.served.service.cancel(self.jobs)
+        ordered = [answers[index] for index in range(len(self.jobs))]
+        choices = [self._choice(i, self._text(i, answer.text), answer) for i, answer in enumerate(ordered)]
+        return JSONResponse(self._head() | {"choices": choices, "usage": self._usage(ordered)})
 
     async def events(self) -> AsyncIterator[str]:
         """Pieces as server-sent events, as they come."""
@@ -245,8 +158,9 @@ class _Run:
                     yield self._event([self._choice(index, prompt.prompt.text)])
             while len(answers) < len(self.jobs):
                 index, news = await self.news.get()
-                if news is None:
-                    yield _event({"error": {"message": "the server is ending", "type": "server_error"}})
+                if news is None or (isinstance(news, Answer) and news.finish_reason == "error"):
+                    message = _ENDING if news is None else _NOT_NUMBERS
+                    yield _event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
                     return
                 if isinstance(news, Answer):
                     answers.append(news)
@@ -258,7 +172,7 @@ class _Run:
                 yield self._event([], usage=self._usage(answers))
             yield "data: [DONE]\n\n"
         finally:
-            self.cancel()
+            self.served.service.cancel(self.jobs)
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -278,9 +192,15 @@ class _Run:
 
     def _usage(self, answers: list[Answer]) -> dict[str, int]:
         # A prompt with several answers is counted once.
-        prompts = sum(len(prompt.tokens) for prompt in self.prompts[:: self.body.n])
+        prompts = sum(len(prompt.tokens) for prompt in self.prompts[:: self.body.n or 1])
         new = sum(len(answer.tokens) for answer in answers)
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+
+async def _hangs_up(request: Request) -> None:
+    """Over when the client is gone; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(document: dict[str, Any]) -> str:
@@ -299,10 +219,13 @@ def open_port(host: str, port: int) -> socket.socket:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind((host, port))
         door.listen(1024)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         door.close()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"cannot listen on {host}, port {port}: {reason}", hint="choose another --port") from None
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        raise UsageError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}",
+            hint="choose another --port" if taken else "check --host: an address of this machine",
+        ) from None
     return door
 
 
@@ -313,6 +236,7 @@ def listening(app: FastAPI, door: socket.socket, ended: Callable[[], None]) -> I
     Args:
         ended: called when nobody listens any more, whatever the reason.
     """
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that hang up are no news
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from mlm_cli.errors import ResourceError
 from mlm_cli.generation.decoder import Decoder
@@ -18,24 +18,23 @@ from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.text_stream import TextStream
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A prompt that someone waits for. Both functions are called by the thread that answers, and must not block.
 
     Attributes:
         on_piece: given each piece of the answer's text as soon as it is certain.
         on_end: given the answer, once; None where there will be none.
-        cancelled: set by the asker, who no longer waits.
     """
 
     prompt: EncodedPrompt
     on_piece: Callable[[str], None]
     on_end: Callable[[Answer | None], None]
-    cancelled: bool = False
+    _cancelled: bool = field(default=False, init=False)
 
 
 class Service:
-    """Answers jobs with one decoder.
+    """Answers jobs with one decoder. Logits that are not numbers end the one answer, with the reason ``error``.
 
     Args:
         settings: for prompts that bring none.
@@ -55,13 +54,16 @@ class Service:
     ) -> None:
         self._decoder, self._rest, self._most_waiting = decoder, rest, most_waiting
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting = set[Job]()  # those of the queue that are not cancelled
         self._numbers, self._jobs = itertools.count(), dict[int, Job]()
         self._closed, self._at_once = False, False
         self._lock = threading.RLock()  # a signal may stop a service that is stopping
-        self._generator = Generator(decoder, settings, new_stream, show=self._show, interrupted=self._interrupted)
+        self._generator = Generator(
+            decoder, settings, new_stream, show=self._show, interrupted=self._interrupted, strict=False
+        )
 
-    def submit(self, job: Job) -> None:
-        """Have a job answered; from any thread.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Have jobs answered, all of them or none; from any thread.
 
         Raises:
             ResourceError: too many are waiting already, or the service is ending.
@@ -69,9 +71,18 @@ class Service:
         with self._lock:  # nothing comes behind the mark that ends the queue
             if self._closed:
                 raise ResourceError("the server is ending")
-            if self._queue.qsize() >= self._most_waiting:
-                raise ResourceError(f"{self._most_waiting} prompts are waiting already", hint="try again later")
-            self._queue.put(job)
+            if len(self._waiting) + len(jobs) > self._most_waiting:
+                raise ResourceError(f"{len(self._waiting)} prompts are waiting already", hint="try again later")
+            self._waiting.update(jobs)
+            for job in jobs:
+                self._queue.put(job)
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these jobs any more, if they are not done; from any thread."""
+        with self._lock:
+            for job in jobs:
+                job._cancelled = True
+            self._waiting.difference_update(jobs)
 
     def stop(self, *, at_once: bool = False) -> None:
         """Take no more jobs, and end when those taken are answered (``at_once``: where they are)."""
@@ -107,7 +118,9 @@ class Service:
             if job is None:
                 self._queue.put(None)  # for `run`, which empties the queue up to here
                 return
-            if job.cancelled or self._at_once:
+            with self._lock:
+                self._waiting.discard(job)
+            if job._cancelled or self._at_once:
                 job.on_end(None)
                 continue
             number = next(self._numbers)
@@ -118,4 +131,4 @@ class Service:
         self._jobs[prompt.id].on_piece(piece)
 
     def _interrupted(self, prompt: Prompt) -> bool:
-        return self._at_once or self._jobs[prompt.id].cancelled
+        return self._at_once or self._jobs[prompt.id]._cancelled

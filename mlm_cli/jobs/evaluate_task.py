@@ -66,35 +66,55 @@ def evaluate_task(
         member: order_of_labels(found.labels, facts[first].labels, (member, first)) for member, found in facts.items()
     }  # before any weight is read
     section = task_section(name, request, members[first], facts[first].settings)
+    given = {key for key, _ in request.task_keys}
+    sections = {
+        member: section.model_copy(update={k: v for k, v in about.settings.items() if k not in given})
+        for member, about in facts.items()
+    }
+    kind.check_together(sections)
     paths = request.data or ((section.dev,) if section.dev else ())
     if not paths:
         raise UsageError(f"{name} needs {TASK_KINDS[name].what}", hint="give one with --data")
     examples = agree.all_succeed(lambda: [example for path in paths for example in kind.read(path, section)])
     chosen = examples[: request.limit]
     found = [
-        _ask(member, request, folder, facts[member], section, chosen, orders[member], parallel)
+        _ask(member, request, folder, facts[member], sections[member], chosen, orders[member], parallel)
         for member, folder in members.items()
     ]
-    task = found[0].task
-    config: dict[str, object] = {
-        "dataset_path": list(paths),
-        "output_type": name,
-        "max_length": min(member.task.encoder.max_length for member in found),
-        **{key: getattr(section, key) for key in sorted(TASK_KINDS[name].keys - {"labels", "header"})},
-    }
+    length = min(member.task.encoder.max_length for member in found)
     counts = {"num_samples": len(chosen), "num_original": len(examples)}
-    scores = [task.score(member.answers, chosen, seed=request.seed) for member in found]
-    results = [task_result(task, s, m.loss, config=config, **counts) for s, m in zip(scores, found, strict=True)]
+    # Answers have the classes in the order of the first model's; the other settings are each model's own.
+    scorers = [kind(member.task.section, member.task.encoder, facts[first].labels) for member in found]
+    scores = [
+        task.score(member.answers, chosen, seed=request.seed) for task, member in zip(scorers, found, strict=True)
+    ]
+    results = [
+        task_result(task, s, m.loss, config=_config(name, task.section, paths, length), **counts)
+        for task, s, m in zip(scorers, scores, found, strict=True)
+    ]
     if len(found) > 1:
+        task = scorers[0]
         pooled = task.pool([member.answers for member in found])
         scores.insert(0, task.score(pooled, chosen, seed=request.seed))
-        about = {**config, "ensemble": list(members), "average": "probabilities"}
-        whole = task_result(task, scores[0], task.loss_of(pooled, chosen), config=about, **counts)
+        config = _config(name, task.section, paths, length)
+        config |= {"ensemble": list(members), "average": "probabilities"}
+        whole = task_result(task, scores[0], task.loss_of(pooled, chosen), config=config, **counts)
         alone = [replace(one, name=f"{name} {member}") for one, member in zip(results, members, strict=True)]
         results = [whole, *alone]
     if output is not None:
         agree.on_rank_zero(lambda: write_texts(scores[0].predictions, output))
     return results
+
+
+def _config(name: str, section: TaskSection, paths: Sequence[str], length: int) -> dict[str, object]:
+    """What the numbers depend on, for ``results.json``."""
+    keys = sorted(TASK_KINDS[name].keys - {"labels", "header"})
+    return {
+        "dataset_path": list(paths),
+        "output_type": name,
+        "max_length": length,
+        **{key: getattr(section, key) for key in keys},
+    }
 
 
 def _ask(
@@ -109,10 +129,9 @@ def _ask(
 ) -> _Member:
     """What the model in ``folder`` says of the examples."""
     kind = TASKS[section.name]
-    own = section.model_copy(update=dict(facts.settings)) if request.ensemble else section
     tokenizer = agree.all_succeed(partial(tokenizer_of, request, folder, facts.section))
     length = min(context_length(request, facts.section), facts.max_length)
-    task = agree.all_succeed(lambda: kind(own, TextEncoder(tokenizer, facts.section, length), facts.labels))
+    task = agree.all_succeed(lambda: kind(section, TextEncoder(tokenizer, facts.section, length), facts.labels))
     features = agree.all_succeed(lambda: task.features(examples))
     model = agree.all_succeed(lambda: load_task_model(folder, parallel, task.head, dtype=dtype_of(request)))
     model.eval().requires_grad_(False)

@@ -39,9 +39,8 @@ class Web:
         request = self._request
         name = Path(request.model).name or request.model
         longest = request.max_new_tokens if section.family == "t5" else None
-        served = self._server.Served(
-            name, service, encoder, settings, section.vocab_size or 0, section.seq_length, longest
-        )
+        asked = self._server.Asked(encoder, settings, section.vocab_size or 0, section.seq_length, longest)
+        served = self._server.Served(name, service, asked)
         signals: list[int] = []
 
         def end(number: int, _frame: Any) -> None:
@@ -56,6 +55,8 @@ class Web:
                 host, port = self._door.getsockname()[:2]
                 address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 log.info(f"{name} answers POST http://{address}/v1/completions; Ctrl-C ends")
+                if request.port == 0:  # else who started it knows
+                    print(f"http://{address}", flush=True)
                 service.run()
         finally:
             for number, handler in before.items():

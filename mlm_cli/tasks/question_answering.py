@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -191,6 +191,16 @@ class QuestionAnswering(Task):
             spans = [candidate for candidate in candidates if not candidate.is_null][: self.section.n_best]
             pooled.append(spans + [candidate for candidate in candidates if candidate.is_null])
         return pooled
+
+    @staticmethod
+    def check_together(sections: Mapping[str, TaskSection]) -> None:
+        """All give "no answer" a share, or none does."""
+        always = [name for name, section in sections.items() if section.null_score_diff_threshold is None]
+        if always and len(always) < len(sections):
+            raise UsageError(
+                f"{', '.join(always)} always answers, the other models may find no answer",
+                hint="give task.null_score_diff_threshold for all of them",
+            )
 
     def score(self, answers: Sequence[list[Candidate]], examples: Sequence[Question], *, seed: int) -> Scores:
         spans = {

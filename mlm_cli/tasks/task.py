@@ -105,6 +105,11 @@ class Task(ABC):
         """The answers of several models to the same examples as one: their means (Stone 1961, linear opinion pool)."""
         return [np.mean(answers, axis=0) for answers in zip(*members, strict=True)]
 
+    @staticmethod
+    def check_together(sections: Mapping[str, TaskSection]) -> None:
+        """Can models with these settings, by name, be pooled? Raises UsageError."""
+        return
+
     def reordered(self, answers: Sequence[Any], order: Sequence[int]) -> list[Any]:
         """``answers`` with the classes in another order: ``order[i]`` is where class ``i`` stood."""
         return list(answers)

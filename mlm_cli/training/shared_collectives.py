@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mlm_cli.parallel.context import Group
 
-_USUAL = {"rank": None, "divide": True, "process_group": None, "log": None}  # for all ranks, over the usual group
-
 
 class SharedCollectives:
     """``backend``, but for what ``group`` does through shared memory."""
@@ -74,14 +72,21 @@ def _averaged_in_place(original: Callable[..., None], group: Group) -> Callable[
     assert shared is not None
 
     def average(bucket: Sequence[Tensor], *args: Any, **more: Any) -> None:
-        # The engine gives the group and its size, the optimizer the type that is sent; more is asked for rarely.
-        ours = args in ((group.handle, group.size), (torch.float32,))
-        ours = ours and all(_USUAL.get(key, more) == value for key, value in more.items() if key != "output_bucket")
-        ours = ours and all(output is None for output in more.get("output_bucket") or ())
-        if not (ours and all(grad.dtype == torch.float32 and shared.takes(grad) for grad in bucket)):
+        fitting = all(grad.dtype == torch.float32 and shared.takes(grad) for grad in bucket)
+        if not (fitting and _is_usual(args, more, group)):
             original(bucket, *args, **more)
             return
         for grad in bucket:
             shared.sum_(grad.div_(group.size))
 
     return average
+
+
+def _is_usual(args: tuple[Any, ...], more: dict[str, Any], group: Group) -> bool:
+    """Is an average over ``group`` asked for, on all its ranks, and nothing besides?"""
+    # The engine gives the group and its size, the optimizer the type that is sent.
+    if args not in ((group.handle, group.size), (torch.float32,)):
+        return False
+    usual = {"rank": None, "divide": True, "process_group": None, "log": None}
+    asked = {key: value for key, value in more.items() if key != "output_bucket"}
+    return {**usual, **asked} == usual and all(output is None for output in more.get("output_bucket") or ())

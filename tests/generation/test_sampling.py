@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from mlm_cli.errors import NumericsError, UsageError
+from mlm_cli.errors import UsageError
 from mlm_cli.generation import sampling
 from mlm_cli.generation.sampling import Sampling
 
@@ -93,10 +93,22 @@ def test_a_row_does_not_depend_on_its_neighbours(logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers_are_refused(logits: torch.Tensor, temperature: float) -> None:
+def test_logits_that_are_not_numbers_are_marked(logits: torch.Tensor, temperature: float) -> None:
+    options, numbers = Sampling(temperature=temperature), [0.5] * len(logits)
+    before = sampling.choose(logits, options, numbers=numbers)
     logits[2, 7] = torch.nan
-    with pytest.raises(NumericsError, match="finite"):
-        sampling.choose(logits, Sampling(temperature=temperature), numbers=[0.5] * 4)
+    logits[0, 3] = torch.inf
+    found = sampling.choose(logits, options, numbers=numbers)
+    assert found == [-1, before[1], -1, *before[3:]]
+
+
+def test_the_smallest_temperature_is_greedy_and_the_largest_penalty_finite(logits: torch.Tensor) -> None:
+    numbers = [0.999] * len(logits)
+    greedy = sampling.choose(logits, Sampling(temperature=0))
+    assert sampling.choose(1e4 * logits, Sampling(temperature=1e-6), numbers=numbers) == greedy
+    seen = [torch.arange(3)] * len(logits)
+    for penalty in (1e-3, 1e3):
+        assert min(sampling.choose(1e4 * logits, Sampling(1e-6, repetition_penalty=penalty), seen, numbers)) >= 0
 
 
 @pytest.mark.parametrize(

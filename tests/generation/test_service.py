@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlm_cli.checkpoint.hub import load_model_folder
-from mlm_cli.errors import ResourceError
+from mlm_cli.errors import NumericsError, ResourceError
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
 from mlm_cli.generation.prompts import Prompt
@@ -53,7 +53,7 @@ def service(model: Any) -> Iterator[Service]:
 def ask(service: Service, number: int, settings: Settings) -> tuple[Job, queue.Queue[str | Answer | None]]:
     news: queue.Queue[str | Answer | None] = queue.Queue()
     job = Job(EncodedPrompt(Prompt(number, "", None, ""), PROMPTS[number], settings), news.put, news.put)
-    service.submit(job)
+    service.submit([job])
     return job, news
 
 
@@ -96,10 +96,22 @@ def test_who_no_longer_waits_frees_the_row(service: Service) -> None:
     endless = Settings(Sampling(temperature=0), 90)
     gone = [ask(service, 1, endless) for _ in range(3)]
     _, waiting = ask(service, 4, RULES[1])
-    for job, _ in gone:
-        job.cancelled = True
+    service.cancel([job for job, _ in gone])
     assert end(waiting)[1] is not None
     assert all(end(news)[1] is None for _, news in gone)
+
+
+def test_who_left_takes_no_place_in_the_queue(model: Any) -> None:
+    service = Service(Decoder(model, 1), RULES[0], Numbers, most_waiting=2)
+    gone = [ask(service, number, RULES[0]) for number in range(2)]
+    service.cancel([job for job, _ in gone])
+    stays = ask(service, 2, RULES[0])[1]
+    prompt = EncodedPrompt(Prompt(0, "", None, ""), PROMPTS[0])
+    with pytest.raises(ResourceError, match="1 prompts are waiting already"):  # of two jobs none is taken
+        service.submit([Job(prompt, print, print), Job(prompt, print, print)])
+    service.stop()
+    service.run()
+    assert end(stays)[1] is not None and [end(news)[1] for _, news in gone] == [None, None]
 
 
 def test_a_full_queue_and_a_stopped_service_say_no(model: Any) -> None:
@@ -112,6 +124,34 @@ def test_a_full_queue_and_a_stopped_service_say_no(model: Any) -> None:
         ask(service, 2, RULES[0])
     service.run()  # what was taken is answered first
     assert end(first)[1] is not None and end(second)[1] is not None
+
+
+def test_logits_that_are_not_numbers_end_one_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row that has them in its third step; its neighbours go on as if alone, and so does who comes next."""
+    service = Service(Decoder(model, 2), RULES[0], Numbers)
+    news = [ask(service, number, RULES[0])[1] for number in range(4)]
+    service.stop()
+    real, steps = Decoder.step, [0]
+
+    def spoiled(decoder: Decoder, tokens: Any) -> Any:
+        logits = real(decoder, tokens).clone()
+        steps[0] += 1
+        if steps[0] == 3:
+            logits[0, 5] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Decoder, "step", spoiled)
+    service.run()
+    monkeypatch.undo()
+    answers = [end(each)[1] for each in news]
+    reasons = [answer.finish_reason for answer in answers if answer is not None]
+    assert len(reasons) == 4 and reasons.count("error") == 1
+    for number, answer in enumerate(answers):
+        if answer is not None and answer.finish_reason != "error":
+            assert answer.tokens == alone(model, number, RULES[0]).tokens
+    with pytest.raises(NumericsError, match="finite"):
+        monkeypatch.setattr(Decoder, "step", lambda decoder, tokens: real(decoder, tokens) * float("nan"))
+        alone(model, 0, RULES[0])
 
 
 def test_whatever_ends_it_every_job_is_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

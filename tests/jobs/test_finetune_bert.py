@@ -256,3 +256,13 @@ def test_questions_without_answer(
         assert results["no_answer_accuracy,none"] == pytest.approx(accuracy, abs=0.3)
         assert document["configs"]["question_answering"]["best_f1"] >= results["f1,none"]
     assert results["no_answer_accuracy,none"] < 0.5
+    # Of several models each keeps its own threshold, unless one is given by hand, which then counts for all of them.
+    models = ["runs/debug-bert-qa", "runs/debug-bert-qa/step-00000006/model"]
+    asked = ["evaluate", "--ensemble", *models, "--task", "question_answering", "--data", "dev.json"]
+    for more, unanswered in (([], True), (["task.null_score_diff_threshold=1e6"], False)):
+        assert run([*asked, "--format", "json", *more]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert len(document["results"]) == 3
+        for name, values in document["results"].items():
+            assert (values["no_answer_accuracy,none"] > 0.7) == unanswered, name
+            assert (document["configs"][name]["null_score_diff_threshold"] < 0) == unanswered, name

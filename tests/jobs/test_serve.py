@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -45,8 +46,9 @@ class Server:
     def __init__(self, folder: Path, *options: str) -> None:
         command = [sys.executable, "-m", "mlm_cli", "generate", str(folder), "--serve", "--port", "0"]
         self.process = subprocess.Popen(
-            [*command, "--max-new-tokens", "20", *options], stderr=subprocess.PIPE, text=True, env={**os.environ}
-        )
+            [*command, "--max-new-tokens", "20", *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+        )  # fmt: skip
         assert self.process.stderr is not None
         said = ""
         while not (found := re.search(r"answers POST (http://[^/]+)/v1/completions", said)):
@@ -54,6 +56,8 @@ class Server:
             assert line, said
             said += line
         self.address = found.group(1)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{self.address}\n"  # as any free port was asked for
 
     def open(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -83,6 +87,8 @@ class Server:
         assert self.process.stderr is not None
         self.last_words = self.process.stderr.read()
         self.process.stderr.close()
+        assert self.process.stdout is not None and self.process.stdout.read() == ""
+        self.process.stdout.close()
         return code
 
 
@@ -158,11 +164,22 @@ def test_what_cannot_be_done_is_refused_by_name(server: Server) -> None:
     for body, status, message, param in (
         ({"prompt": "x", "max_token": 5}, 400, "Extra inputs are not permitted", "max_token"),
         ({}, 400, "Field required", "prompt"),
-        ({"prompt": "x", "logprobs": 3}, 400, "should be None", "logprobs"),
-        ({"prompt": "x", "temperature": -1}, 400, "temperature -1.0 is not a number of 0 or more", None),
+        ({"prompt": ["x", 1]}, 400, "a text, a list of texts, the ids of one prompt", "prompt"),
+        ({"prompt": [True]}, 400, "a text, a list of texts, the ids of one prompt", "prompt"),
+        ({"prompt": "\ud800"}, 400, "half of a surrogate pair", "prompt"),
+        ({"prompt": "x", "model": "\ud800"}, 400, "half of a surrogate pair", "model"),
+        ({"prompt": "x", "seed": "7"}, 400, "valid integer", "seed"),
+        ({"prompt": "x", "logprobs": 3}, 400, "is not supported", "logprobs"),
+        ({"prompt": "x", "suffix": "y"}, 400, "is not supported", "suffix"),
+        ({"prompt": "x", "stream_options": {}}, 400, "only where `stream` is true", "stream_options"),
+        ({"prompt": "x", "temperature": -1}, 400, "temperature -1.0 is neither 0 nor", None),
+        ({"prompt": "x", "temperature": 1e-40}, 400, "is neither 0 nor 1e-6 or more", None),
+        ({"prompt": "x", "repetition_penalty": 1e-45}, 400, "is not between", None),
         ({"prompt": "x", "max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
         ({"prompt": "x", "stop": ""}, 400, "empty stop", None),
         ({"prompt": "x " * 200}, 400, "the model's context holds 96", None),
+        ({"prompt": "x" * 100_000}, 400, "100000 characters, and the model's context holds 96 tokens", None),
+        ({"prompt": "x", "user": "x" * (17 << 20)}, 413, "more than 16 MiB", None),
         ({"prompt": [[1, 2], [400]]}, 400, "prompt 1: ids from 0 to 399", None),
         ({"prompt": []}, 400, "0 prompts", None),
         ({"prompt": "x", "n": 500}, 400, "1 to 128 answers", None),
@@ -170,6 +187,18 @@ def test_what_cannot_be_done_is_refused_by_name(server: Server) -> None:
     ):
         found = server.refusal(**body)
         assert found[0] == status and message in found[1] and found[2] == param, found
+    for path, status in (("/v1/chat/completions", 404), ("/v1/models", 405), ("/v1/completions/", 404)):
+        code, message, _ = server.refusal(path, prompt="x")
+        assert code == status and "POST /v1/completions" in message
+    for body in (b"{", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"[]"):
+        request = urllib.request.Request(f"{server.address}/v1/completions", body)  # without a content type
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=60)
+        error = json.loads(caught.value.read())["error"]
+        assert caught.value.code == 400 and error["message"].startswith("the body is") and error["param"] is None
+    nothing = dict.fromkeys(("n", "stream", "echo", "logprobs", "stop", "seed", "max_tokens", "model"))
+    quiet = {**nothing, "suffix": "", "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1}
+    assert server.ask(prompt="x", **quiet)["choices"] == server.ask(prompt="x")["choices"]
     with server.open("/v1/models") as reply:
         assert [model["id"] for model in json.loads(reply.read())["data"]] == ["gpt2"]
     with server.open("/health") as reply:
@@ -177,15 +206,30 @@ def test_what_cannot_be_done_is_refused_by_name(server: Server) -> None:
 
 
 def test_who_hangs_up_frees_the_row(server: Server) -> None:
-    """Three endless streams fill the rows; their askers go; a fourth is answered."""
+    """Long answers fill rows and queue; their askers go, streaming or not; who comes next does not wait long."""
     host, port = server.address.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "The", "stream": True, "max_tokens": 90, "temperature": 0}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    for _ in range(6):
-        with socket.create_connection((host, int(port)), timeout=30) as door:
-            door.sendall(head.encode() + b"\r\n\r\n" + body)
-            assert b"200 OK" in door.recv(64)
-    assert server.ask(prompt="The quick", max_tokens=4)["usage"]["completion_tokens"] == 4
+    for stream in (True, False):
+        asked = {"prompt": "The", "stream": stream, "max_tokens": 90, "n": 128, "temperature": 0, "stop": "no such"}
+        body = json.dumps(asked).encode()
+        doors = [socket.create_connection((host, int(port)), timeout=30) for _ in range(8)]
+        for door in doors:
+            door.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        if stream:
+            assert all(b"200 OK" in door.recv(64) for door in doors)
+        else:
+            time.sleep(1.0)
+        for door in doors:
+            door.close()
+        begin = time.monotonic()
+        for _ in range(200):  # until the server has noticed
+            try:
+                assert server.ask(prompt="The quick", max_tokens=4)["usage"]["completion_tokens"] == 4
+                break
+            except urllib.error.HTTPError as error:
+                assert error.code == 503
+                time.sleep(0.05)
+        # 8 x 128 answers of 90 tokens would have taken minutes.
+        assert time.monotonic() - begin < 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -213,6 +257,12 @@ def test_a_port_in_use_is_told_before_the_weights_are_read(folder: Path, capsys:
         port = str(door.getsockname()[1])
         assert run(["generate", str(folder), "--serve", "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    assert run(["generate", str(folder), "--serve", "--host", "192.0.2.1"]) == 2
+    assert "check --host" in capsys.readouterr().err
+    assert run(["generate", str(folder), "--prompt", "x", "--port", "1"]) == 2
+    assert "`--port` is for `--serve`" in capsys.readouterr().err
+    assert run(["generate", str(folder), "--serve", "--format", "json"]) == 2
+    assert "answers in JSON whatever" in capsys.readouterr().err
     assert run(["generate", str(folder), "--serve", "--prompt", "x"]) == 2
     assert "`--prompt` and `--serve` exclude each other" in capsys.readouterr().err
     assert run(["generate", str(folder), "--serve", "--output", "x.txt"]) == 2

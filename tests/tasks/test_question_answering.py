@@ -284,3 +284,12 @@ def test_best_threshold_is_that_of_all_thresholds() -> None:
             best, threshold = best_threshold(scores, answered, has_answer, null)
             assert best == pytest.approx(max(mean(limit) for limit in (-9.0, *null)))
             assert mean(threshold) == pytest.approx(best)
+
+
+def test_models_that_always_answer_are_not_pooled_with_others() -> None:
+    always = TaskSection(name="question_answering", train="", dev="")
+    perhaps = always.model_copy(update={"null_score_diff_threshold": 0.0})
+    for fine in ({"a": always, "b": always}, {"a": perhaps, "b": perhaps}, {"a": perhaps}):
+        QuestionAnswering.check_together(fine)
+    with pytest.raises(UsageError, match="b always answers"):
+        QuestionAnswering.check_together({"a": perhaps, "b": always})
