@@ -70,6 +70,14 @@ def ask_the_server(workplace: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        ask(server, curl)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def ask(server: subprocess.Popen[str], curl: str) -> None:
     assert server.stderr is not None
     said = ""
     while not (found := re.search(r"answers POST (\S+);", said)):

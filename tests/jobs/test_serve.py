@@ -40,6 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    for process in _STARTED:
+        process.kill()
+        process.wait()
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
 class Server:
     """A running `mlm generate --serve`."""
 
@@ -49,6 +60,7 @@ class Server:
             [*command, "--max-new-tokens", "20", *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
         )  # fmt: skip
+        _STARTED.append(self.process)
         assert self.process.stderr is not None
         said = ""
         while not (found := re.search(r"answers POST (http://[^/]+)/v1/completions", said)):
