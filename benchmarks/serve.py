@@ -131,10 +131,10 @@ def compare(askers: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         seconds = statistics.median(worker.times)
         rate, slower = worker.last["tokens"] / seconds, ratio(worker, running[0])
-        same = sum(a == b for a, b in zip(worker.last["texts"], running[0].last["texts"], strict=True))
-        print(
-            f"  {askers:>6}  {worker.name:<26}{rate:>9.0f} tokens/s   mlm is {slower:>5.2f}x   same texts: {same} of 8"
-        )
+        texts, ours = worker.last["texts"], running[0].last["texts"]
+        same = sum(a == b for a, b in zip(texts, ours, strict=True))
+        figures = f"{rate:>9.0f} tokens/s   mlm is {slower:>5.2f}x   same texts: {same} of {len(texts)}"
+        print(f"  {askers:>6}  {worker.name:<26}{figures}")
         rows.append({"askers": askers, "server": worker.name, "tokens_per_second": rate, "ratio": slower, "same": same})
     return rows
 
