@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -76,9 +75,9 @@ def ask(address: str, model: str, number: int) -> dict[str, Any]:
 
 def work(args: argparse.Namespace) -> None:
     """A worker: one server, and those who ask it when it is its turn."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    from mlm_cli.launch.local import free_port
+
+    port = free_port()
     values = {"folder": args.folder, "port": port, "askers": args.askers}
     python = sys.executable if args.worker == "mlm" else os.environ.get("MLM_BENCH_PYTHON", sys.executable)
     command = [python, *(word.format(**values) for word in SERVERS[args.worker])]

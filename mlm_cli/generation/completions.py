@@ -111,14 +111,12 @@ class Asked:
     Attributes:
         settings: what a request does not say.
         vocab_size: ids below it may stand in a prompt given as ids.
-        context: tokens of a prompt at most.
         longest: tokens that an answer may have at most; None: what the model's context leaves.
     """
 
     encoder: PromptEncoder
     settings: Settings
     vocab_size: int
-    context: int
     longest: int | None = None
 
 
@@ -145,14 +143,13 @@ def prompts_of(body: CompletionRequest, asked: Asked) -> list[EncodedPrompt]:
 
 def _encoded(given: Any, where: str, asked: Asked) -> EncodedPrompt:
     if isinstance(given, str):
-        if len(given) > _MOST_CHARACTERS * asked.context:
-            raise DataError(f"{where}: {len(given)} characters, and the model's context holds {asked.context} tokens")
+        context = asked.encoder.max_length
+        if len(given) > _MOST_CHARACTERS * context:
+            raise DataError(f"{where}: {len(given)} characters, and the model's context holds {context} tokens")
         return asked.encoder.encode(Prompt(0, given, None, where))
     if not given or min(given) < 0 or max(given) >= asked.vocab_size:
         raise DataError(f"{where}: ids from 0 to {asked.vocab_size - 1}, at least one, make a prompt")
-    if len(given) > asked.context:
-        raise DataError(f"{where}: the prompt has {len(given)} tokens, the model's context holds {asked.context}")
-    return EncodedPrompt(Prompt(0, "", None, where), given)
+    return asked.encoder.take(Prompt(0, "", None, where), given)
 
 
 def settings_of(body: CompletionRequest, asked: Asked, seed: int) -> Settings:

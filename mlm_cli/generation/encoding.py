@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError
@@ -23,7 +23,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, ends: bool = False) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._tokenizer, self.max_length = tokenizer, max_length
         if ends and tokenizer.eod_id is None:
             raise DataError(f"tokenizer `{tokenizer.spec}` has no token that ends a text, which the encoder needs")
         self._tail = [tokenizer.eod_id] if ends and tokenizer.eod_id is not None else []
@@ -46,9 +46,13 @@ class PromptEncoder:
                     hint="give at least one word",
                 )
             tokens = [begin]
-        if len(tokens) > self._max_length:
+        return self.take(prompt, tokens)
+
+    def take(self, prompt: Prompt, tokens: Sequence[int]) -> EncodedPrompt:
+        """A prompt whose ids are known. Raises DataError: longer than the context."""
+        if len(tokens) > self.max_length:
             raise DataError(
-                f"{prompt.where}: the prompt has {len(tokens)} tokens, the model's context holds {self._max_length}",
+                f"{prompt.where}: the prompt has {len(tokens)} tokens, the model's context holds {self.max_length}",
                 hint="shorten it; nothing is cut off silently",
             )
         return EncodedPrompt(prompt, tokens)

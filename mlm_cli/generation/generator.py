@@ -24,6 +24,7 @@ from mlm_cli.generation.text_stream import TextStream
 # eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
 # error: the model's logits are not numbers.
 FinishReason = Literal["eod", "stop", "length", "context", "interrupted", "error"]
+NOT_NUMBERS = "the model's logits are not finite numbers"
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,7 @@ class Generator:
         """Add one token to a row, and see whether that ends it."""
         if token < 0:
             if self._strict:
-                raise NumericsError(
-                    "the model's logits are not finite numbers", hint="check the checkpoint, or use fp32"
-                )
+                raise NumericsError(NOT_NUMBERS, hint="check the checkpoint, or use fp32")
             row.finish = "error"
             return
         if token in row.settings.end_ids:

@@ -24,11 +24,10 @@ from starlette.exceptions import HTTPException
 from mlm_cli.errors import MlmError, ResourceError, UsageError
 from mlm_cli.generation import completions
 from mlm_cli.generation.completions import Asked, CompletionRequest, Refusal
-from mlm_cli.generation.generator import Answer, EncodedPrompt, Settings
+from mlm_cli.generation.generator import NOT_NUMBERS, Answer, EncodedPrompt, Settings
 from mlm_cli.generation.service import Job, Service
 
 _FINISH = {"eod": "stop", "stop": "stop", "length": "length", "context": "length"}
-_NOT_NUMBERS = "the model's logits are not finite numbers"
 _ENDING = "the server is ending"
 
 
@@ -140,7 +139,7 @@ class _Run:
                 if not isinstance(answer, Answer):
                     return _error(503, _ENDING)
                 if answer.finish_reason == "error":
-                    return _error(500, _NOT_NUMBERS)
+                    return _error(500, NOT_NUMBERS)
                 answers[index] = answer
         finally:
             gone.cancel()
@@ -159,7 +158,7 @@ class _Run:
             while len(answers) < len(self.jobs):
                 index, news = await self.news.get()
                 if news is None or (isinstance(news, Answer) and news.finish_reason == "error"):
-                    message = _ENDING if news is None else _NOT_NUMBERS
+                    message = _ENDING if news is None else NOT_NUMBERS
                     yield _event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
                     return
                 if isinstance(news, Answer):

@@ -39,7 +39,7 @@ class Web:
         request = self._request
         name = Path(request.model).name or request.model
         longest = request.max_new_tokens if section.family == "t5" else None
-        asked = self._server.Asked(encoder, settings, section.vocab_size or 0, section.seq_length, longest)
+        asked = self._server.Asked(encoder, settings, section.vocab_size or 0, longest)
         served = self._server.Served(name, service, asked)
         signals: list[int] = []
 

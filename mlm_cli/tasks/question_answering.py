@@ -222,7 +222,7 @@ class QuestionAnswering(Task):
             null = np.array([odds[example.id] for example in examples])
             answered = np.array([bool(spans[example.id]) for example in examples])
             for name, always in squad_scores(spans, examples).items():
-                best, threshold = best_threshold(always, answered, has_answer, null).tolist()
+                best, threshold = best_threshold(always, answered, has_answer, null)
                 facts |= {f"best_{name}": best, f"best_{name}_threshold": threshold}
         if not has_answer.all():
             each["no_answer_accuracy"] = each["exact_match"][~has_answer]

@@ -137,8 +137,10 @@ def squad_scores(predictions: Mapping[str, str], questions: Sequence[Question]) 
     return {"f1": f1, "exact_match": exact}
 
 
-def best_threshold(scores: np.ndarray, answered: np.ndarray, has_answer: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """The mean score that the best threshold on ``null`` gives, and that threshold: float64 [2].
+def best_threshold(
+    scores: np.ndarray, answered: np.ndarray, has_answer: np.ndarray, null: np.ndarray
+) -> tuple[float, float]:
+    """The mean score that the best threshold on ``null`` gives, and that threshold.
 
     A question is left without answer where ``null`` is above the threshold (``find_best_thresh`` of the official
     scorer; questions with equal ``null`` go together here).
@@ -156,4 +158,4 @@ def best_threshold(scores: np.ndarray, answered: np.ndarray, has_answer: np.ndar
     limits = np.concatenate([[null.min() - 1.0], null[order]])
     sums[:-1][limits[1:] == limits[:-1]] = -np.inf
     best = int(sums.argmax())
-    return np.array([sums[best] / len(scores), limits[best]])
+    return float(sums[best]) / len(scores), float(limits[best])

@@ -1,7 +1,7 @@
 """DeepSpeed's collectives over CPU ranks of one machine, through the memory that they share instead of sockets.
 
 DeepSpeed sends every collective to one object, ``deepspeed.comm.comm.cdb``. Ours stands in front of it and takes the
-two that ZeRO is made of, for one group: sums of gradients and gathers of weights.
+two that ZeRO is made of, for one group: sums of gradients and gathers of weights. Gradients are not packed for it.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _until_the_limit(rank: int, size: int, data: str, folder: str) -> int:
 
     pretrain.objective = slow  # type: ignore[assignment]
     running = time.clock_gettime(time.CLOCK_BOOTTIME) - _started()
-    limit = (running + 12) / 60  # minutes
+    limit = (running + 25) / 60  # minutes; a busy machine takes more than ten seconds to its first step
     more: dict[str, Any] = {"train__time_limit": limit} if rank == 1 else {}  # one rank's clock is enough
     return pretrain.run(make_recipe(Path(data), Path(folder), train__steps=5000, evaluate__every=0, **more))
 
@@ -92,5 +92,5 @@ def test_the_time_limit_saves_in_time_on_all_ranks(
     run = tmp_path / "run"
     assert run_ranks(_until_the_limit, 2, str(data), str(run)) == [75, 75]
     (step,) = RunFolder(run).steps()
-    assert 1 <= step < 5000 and metrics(run)[-1]["step"] == step  # a busy machine may have been that slow to start
+    assert 1 < step < 5000 and metrics(run)[-1]["step"] == step
     assert status(run)["message"] == "time limit" and status(run)["exit_code"] == 75

@@ -146,7 +146,7 @@ def _sliced(rank: int, size: int, kind: str, tensor: int, sequence: bool) -> dic
         ("original", 2, False),
         pytest.param("megatron", 4, False, marks=pytest.mark.slow),
         ("megatron untied", 2, True),
-        pytest.param("original", 2, True, marks=pytest.mark.slow),
+        ("original", 2, True),
     ],
 )
 def test_slicing_does_not_change_the_model(

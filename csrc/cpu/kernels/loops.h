@@ -75,9 +75,8 @@ MLM_INLINE void put_all(T* p, const V* v, Tag tag, bool past_cache) {
 }
 
 // f(column, Full | Tail, Index<vectors from there on>) over [0, end): by whole cache lines of T while there are any (four
-// vectors at most: more do not fit into registers). For
-// ``put_all``, and for loops over several rows at once: rows of a power of two fall into the same places of the L1 cache, and a
-// line that is left in the middle is fetched again for its rest.
+// vectors at most: more do not fit into registers). For ``put_all``, and for loops over several rows at once: rows of a power
+// of two fall into the same places of the L1 cache, and a line that is left in the middle is fetched again for its rest.
 template <class T, class V, class F>
 MLM_INLINE void lines(int64_t end, F&& f) {
   constexpr int whole = 64 / static_cast<int>(sizeof(T) * V::N);
