@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mlm_cli.checkpoint import hub_read, megatron_read
+from mlm_cli.checkpoint.hub_read import TASK, trained_task
 from mlm_cli.checkpoint.hub_write import check_vocabulary
 from mlm_cli.checkpoint.manifest import MANIFEST, check_weights, read_manifest
 from mlm_cli.checkpoint.megatron_folder import MegatronFiles, is_megatron_folder, open_megatron
@@ -21,6 +22,7 @@ from mlm_cli.checkpoint.pickled import repack_pickled
 from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.checkpoint.weight_files import read_json
 from mlm_cli.config.schema import ModelSection
+from mlm_cli.config.tasks import WRITTEN_KINDS
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.models.model import Model
@@ -84,10 +86,12 @@ class Source:
             text = re.sub(r"^\| weights \| \w+ \|$", f"| weights | {now} |", text, flags=re.MULTILINE)
             (target / _CARD).write_text(text, encoding="utf-8")
         if not self.is_task:
-            self._carry_ids(target / "config.json")
+            self._carry_entries(target / "config.json")
 
-    def _carry_ids(self, target: Path) -> None:
+    def _carry_entries(self, target: Path) -> None:
         theirs, ours = read_json(self.folder / "config.json"), read_json(target)
+        if TASK in theirs:
+            ours[TASK] = theirs[TASK]
         vocabulary = range(self.section.vocab_size or 0)
         for key in _IDS:
             value = theirs.get(key)
@@ -134,7 +138,7 @@ def open_source(
     words = _tokenizer(tokenizer, found)
     if words is not None:
         check_vocabulary(section, words, spec)
-    is_task = hub_read.task_class(config) is not None or bool(config.get("mlm_task", dict, {}))
+    is_task = hub_read.task_class(config) is not None or trained_task(config) not in (None, *WRITTEN_KINDS)
     dtype = config.values.get("dtype") or config.values.get("torch_dtype")
     yield Source(
         shown=found,

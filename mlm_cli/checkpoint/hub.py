@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli.checkpoint import hub_read, megatron_read
-from mlm_cli.checkpoint.hub_read import task_class
+from mlm_cli.checkpoint.hub_read import TASK, task_class, trained_task
 from mlm_cli.checkpoint.hub_write import Head, check_vocabulary, save_model_folder
 from mlm_cli.checkpoint.key_map import ConfigReader
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
@@ -18,6 +18,7 @@ from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 
 __all__ = [
+    "TASK",
     "Head",
     "WeightFiles",
     "check_vocabulary",
@@ -26,6 +27,7 @@ __all__ = [
     "resolve_model",
     "save_model_folder",
     "task_class",
+    "trained_task",
 ]
 
 

@@ -24,6 +24,7 @@ from mlm_cli.parallel.shard import full_shape, shard_of
 
 LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
 # transformers' classes with a task's head in place of the output layer over the vocabulary, by the end of their names.
+TASK = "mlm_task"  # entry of a config.json: the task that we fine-tuned it to, and its settings
 TASK_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
@@ -118,6 +119,12 @@ def task_class(config: ConfigReader) -> str | None:
             if str(name).endswith(ending):
                 return ending
     return None
+
+
+def trained_task(config: ConfigReader) -> str | None:
+    """The kind of task (``config.tasks``) that we fine-tuned the model to; None: none."""
+    name = config.get(TASK, dict, {}).get("name")
+    return None if name is None else str(name)
 
 
 def key_map_of(section: ModelSection, config: ConfigReader) -> KeyMap:

@@ -57,6 +57,7 @@ def save_model_folder(
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     head: Head | None = None,
+    config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 << 30,
     later: list[Callable[[], None]] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -73,6 +74,7 @@ def save_model_folder(
         weights: slices to write instead of the model's own, by full parameter name (float32 masters).
         dtype: of the files; unset: that of the weights.
         head: of a task, where the model was built without one of its own.
+        config: further entries for ``config.json``.
         max_shard_bytes: files grow no larger; more than one get an index.
         later: nothing is written now: a copy of the weights is taken, and what is left to do with it is added to this
             list, to be called in order, in any thread (no collectives are left).
@@ -109,7 +111,7 @@ def save_model_folder(
             )
         writer.weights(number, tensors)
     out_dtype = dtype or _dtype_of(model, weights)
-    writer.finish(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head))
+    writer.finish(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head, config))
     return writer.records
 
 
@@ -300,6 +302,7 @@ def _write_texts(
     meta: Mapping[str, Any],
     dtype: torch.dtype,
     head: Head | None,
+    further: Mapping[str, Any] | None,
 ) -> None:
     """Everything beside the weights: configs, tokenizer, model card."""
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -320,6 +323,7 @@ def _write_texts(
         **ids,
         "mlm": kept_settings(model.config),
         **(head.config if head is not None else {}),
+        **(further or {}),
     }
     _write_json(folder / "config.json", config)
     if head is None and model.config.family != "bert":

@@ -72,7 +72,8 @@ def evaluate(
     answers are averaged with its own (language models must share a tokenizer, classifiers their label names).
     Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
     parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
-    regression, token_classification, question_answering, multiple_choice, embedding.
+    regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
+    translation, summarization, text_generation.
 
     \b
     Examples:
@@ -80,6 +81,7 @@ def evaluate(
       mlm evaluate runs/gpt --task perplexity --data data/valid parallel.tensor=2 --nproc 2
       mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
       mlm evaluate runs/squad --task question_answering --data dev-v1.1.json -o results/squad
+      mlm evaluate runs/de --task translation --data test_2016_flickr -o results/de
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """

@@ -45,6 +45,7 @@ def finetune(
     Examples:
       mlm finetune finetune/sst2 init_from=runs/gpt task.train=train.tsv task.dev=dev.tsv -o runs/sst2
       mlm finetune finetune/squad init_from=runs/bert task.train=train-v1.1.json task.dev=dev-v1.1.json
+      mlm finetune finetune/multi30k init_from=google-t5/t5-base task.train=train task.dev=val
       mlm finetune my.yaml optimizer.lr=3e-5 task.epochs=2
       mlm evaluate runs/sst2 --task classification --data dev.tsv
     """

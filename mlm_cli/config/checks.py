@@ -17,7 +17,7 @@ from mlm_cli.config.shapes import (
     num_query_groups,
     padded_vocab_size,
 )
-from mlm_cli.config.tasks import check_task
+from mlm_cli.config.tasks import WRITTEN_KINDS, check_task
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -199,6 +199,12 @@ def _task(recipe: Recipe) -> Iterator[Mistake]:
         )
     else:
         yield from check_task(recipe.task)
+        if recipe.task.name in WRITTEN_KINDS and recipe.parallel.zero == 3 and recipe.evaluate.every:
+            yield Mistake(
+                ("parallel.zero", "evaluate.every", "task.name"),
+                "`parallel.zero` 3 gathers weights for all ranks at once, and each writes texts at its own pace",
+                "use `parallel.zero=2`, or `evaluate.every=0` and `mlm evaluate` afterwards",
+            )
         if recipe.task.loss == "contrastive" and recipe.train.micro_batch_size < 2:
             yield Mistake(
                 ("train.micro_batch_size", "task.loss"),

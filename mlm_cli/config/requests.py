@@ -86,6 +86,7 @@ class GenerateRequest:
         repetition_penalty: 1 is none; over 1 makes what was already said less likely (CTRL, Keskar et al. 2019).
         stop: generation ends before the first of these strings.
         batch_size: prompts decoded at once. Never changes a greedy answer.
+        as_trained: put prompts between the prefix and suffix that the model was fine-tuned with.
         output: file that the answers go to instead of standard output.
         tensor: tensor-parallel size; must be the number of ranks.
         tokenizer: instead of the one beside the model.
@@ -105,6 +106,7 @@ class GenerateRequest:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     batch_size: int = 8
+    as_trained: bool = True
     output: str | None = None
     format: OutputFormat = "text"
     seed: int = 1234

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from mlm_cli.config.section import Section
 from mlm_cli.config.split import parse_split
-
-
-class Section(BaseModel):
-    """A group of recipe keys: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from mlm_cli.config.task_section import TaskSection
 
 
 class AttentionSection(Section):
@@ -316,6 +312,9 @@ class GenerateSection(Section):
     repetition_penalty: float = Field(default=1.0, gt=0)
     stop: tuple[str, ...] = ()
     batch_size: int = Field(default=8, ge=1)
+    as_trained: bool = Field(
+        default=True, description="put prompts between the prefix and suffix that the model was fine-tuned with"
+    )
 
 
 class PreprocessSection(Section):
@@ -333,47 +332,6 @@ class LogSection(Section):
 
     every: int = Field(default=10, ge=1)
     tensorboard: bool = Field(default=True, description="written when the package is installed")
-
-
-class TaskSection(Section):
-    """What `mlm finetune` learns. One file per kind in mlm_cli/tasks/; keys that a kind does not read are refused."""
-
-    name: Literal[
-        "classification", "regression", "token_classification", "question_answering", "multiple_choice", "embedding"
-    ] = "classification"
-    train: str = Field(description=".tsv, .csv, .jsonl, CoNLL or SQuAD's JSON, as the kind reads (also .gz)")
-    dev: str
-    text_column: str | int = Field(default="text", description="token_classification: unset is the first column")
-    text_pair_column: str | int | None = Field(
-        default=None, description="a second text; multiple_choice: what every choice begins with"
-    )
-    label_column: str | int = Field(default="label", description="token_classification: unset is the last column")
-    choice_columns: tuple[str | int, ...] = Field(
-        default=("choices",), description="multiple_choice: one column a choice, or one that holds a list (.jsonl)"
-    )
-    header: bool | None = Field(default=None, description=".tsv/.csv: unset guesses from the column names asked for")
-    labels: tuple[str, ...] | None = Field(default=None, description="unset: those in the train file, sorted")
-    max_length: int | None = Field(default=None, ge=1, description="tokens a text; unset: the model's context")
-    epochs: int | None = Field(default=None, ge=1, description="instead of train.steps")
-    metric: str | None = Field(default=None, description="which checkpoint is best; unset: the kind's first")
-    doc_stride: int = Field(default=128, ge=1, description="question_answering: tokens from one window to the next")
-    max_query_length: int = Field(default=64, ge=1, description="question_answering: tokens of a question")
-    max_answer_length: int = Field(default=30, ge=1, description="question_answering: tokens of an answer")
-    n_best: int = Field(default=20, ge=1, description="question_answering: starts and ends that are paired")
-    null_score_diff_threshold: float | None = Field(
-        default=None, description="question_answering: no answer where it beats the best span by more; unset: never"
-    )
-    pooling: Literal["mean", "cls"] = Field(
-        default="mean", description="embedding: mean of all tokens, or the first one's state (gpt: the last one's)"
-    )
-    loss: Literal["cosine", "contrastive"] = Field(
-        default="cosine", description="embedding: the cosine is to be the score, or a pair is to stand out in its batch"
-    )
-    temperature: float = Field(default=0.05, gt=0, description="embedding: of the contrastive loss")
-    max_score: float = Field(default=1.0, gt=0, description="embedding: score of equal texts; scores are divided by it")
-    min_positive: float = Field(
-        default=0.8, ge=0, le=1, description="embedding: contrastive training takes pairs with this score or more"
-    )
 
 
 class Recipe(Section):

@@ -11,6 +11,7 @@ from mlm_cli.config.schema import TaskSection
 
 _ALL = frozenset({"name", "train", "dev", "max_length", "epochs", "metric"})
 _TABLE = frozenset({"text_column", "label_column", "header"})
+_WRITTEN = _TABLE | {"prefix", "suffix", "max_target_length"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ TASK_KINDS = {
         _TABLE | {"text_pair_column", "pooling", "loss", "temperature", "max_score", "min_positive"},
         "a file of pairs and scores",
     ),
+    "translation": TaskKind(("bleu", "chrf"), _WRITTEN | {"bleu_tokenize"}, "a file of texts and their translations"),
+    "summarization": TaskKind(("rouge2", "rouge1", "rougeL", "rougeLsum"), _WRITTEN, "a file of texts and summaries"),
+    "text_generation": TaskKind(("f1", "exact_match"), _WRITTEN, "a file of texts and what is to be answered"),
 }
+# Kinds whose answers are texts that the model writes, with the output layer that it was pretrained with.
+WRITTEN_KINDS = ("translation", "summarization", "text_generation")
 
 
 def check_task(task: TaskSection) -> Iterator[Mistake]:

@@ -1,4 +1,4 @@
-"""What BERT's and T5's samples need of a tokenizer, checked before the first step."""
+"""What the families' samples need of a tokenizer, checked before the first step."""
 
 from __future__ import annotations
 
@@ -86,3 +86,10 @@ def t5_tokens(tokenizer: Tokenizer, num_sentinels: int) -> T5Tokens:
             hint=f"{train}, or use a smaller model.seq_length or a larger data.span_corruption.mean_length",
         )
     return T5Tokens(pad, eos, np.array(sentinels, dtype=np.int64), tokenizer.vocab_size)
+
+
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
+    """The beginning-of-sequence token where the tokenizer's own template puts it (Llama's does, GPT-2's does not)."""
+    template = tokenizer.reference.encode("", add_special_tokens=True).ids
+    begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
+    return [template[0]] if begins else []

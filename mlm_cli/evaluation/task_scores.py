@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from mlm_cli import heartbeat
 from mlm_cli.evaluation.results import TaskResult
-from mlm_cli.parallel.context import Group, ParallelContext
+from mlm_cli.evaluation.written_texts import gather_units, write_texts
+from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.batches import evaluation_batches
 from mlm_cli.tasks.features import Features
-from mlm_cli.tasks.task import Scores, Task
+from mlm_cli.tasks.task import HeadTask, Scores, Task
+from mlm_cli.tasks.writing import Writing
 
 # model(batch) -> outputs: a TaskModel, or one under an engine
-Forward = Callable[[dict[str, Tensor]], Tensor]
+Forward = Any
 
 
 class TaskEvaluator:
@@ -57,38 +57,39 @@ class TaskEvaluator:
 
         Args:
             model: in evaluation mode.
-            on_batch: told (units done, units in all) of this rank.
+            on_batch: told (units done, units in all) of this rank; where texts are written, they count apart.
         """
-        device, data = self.parallel.device, self.parallel.data
+        device, data, task = self.parallel.device, self.parallel.data, self.task
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        done, mine = 0, -(-len(self.features) // data.size)
+        done, mine = 0, -(-len(self.features) // data.size) * (2 if isinstance(task, Writing) else 1)
         predicted: dict[int, Any] = {}
+
+        def count(units: int) -> None:
+            nonlocal done
+            done += units
+            heartbeat.beat()
+            if on_batch is not None:
+                on_batch(min(done, mine), mine)
+
         for batch in evaluation_batches(
             self.features, batch_size=self.batch_size, data_rank=data.rank, data_size=data.size
         ):
             here = {name: tensor.to(device) for name, tensor in batch.items()}
             outputs = model(here)
-            loss, count = self.task.loss(outputs, here)
-            total += torch.stack([loss.double() * count, count.double()]).to(device)
-            predicted.update(zip(batch["sample_ids"].tolist(), self.task.predict(outputs, here), strict=True))
-            done += len(batch["sample_ids"])
-            heartbeat.beat()
-            if on_batch is not None:
-                on_batch(done, mine)
-        predicted = _gather(predicted, data)
-        summed, count = data.all_reduce_(total).tolist()
+            loss, targets = task.loss(outputs, here)
+            total += torch.stack([loss.double() * targets, targets.double()]).to(device)
+            if isinstance(task, HeadTask):
+                predicted.update(zip(batch["sample_ids"].tolist(), task.predict(outputs, here), strict=True))
+            count(len(batch["sample_ids"]))
+        if isinstance(task, Writing):
+            predicted = write_texts(
+                model.backbone, task, self.features, batch_size=self.batch_size, on_text=lambda: count(1)
+            )
+        else:
+            predicted = gather_units(predicted, data)
+        summed, num_targets = data.all_reduce_(total).tolist()
         ordered = [predicted[unit] for unit in range(len(self.features))]
-        answers = self.task.answers(ordered, self.features, self.examples)
-        return answers, summed / count if count else float("nan")
-
-
-def _gather(predicted: dict[int, Any], data: Group) -> dict[int, Any]:
-    """The predictions of all data ranks, on each of them."""
-    if data.size == 1:
-        return predicted
-    parts: list[Any] = [None] * data.size
-    dist.all_gather_object(parts, predicted, group=data.handle)
-    return {unit: value for part in parts for unit, value in part.items()}
+        return task.answers(ordered, self.features, self.examples), summed / num_targets if num_targets else math.nan
 
 
 def task_result(

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mlm_cli import heartbeat
 from mlm_cli.generation.slots import Slots
 from mlm_cli.generation.step_plan import MOST_ROWS, StepPlan
 from mlm_cli.models.gpt import GPT
@@ -90,6 +91,7 @@ class Decoder:
         """Do what rank 0 of the tensor group announces, until it closes."""
         device = self.model.parallel.device
         while True:
+            heartbeat.beat()
             message = torch.zeros(2 + max(2, self.num_slots), dtype=torch.int64, device=device)
             kind, count, *values = self._group.broadcast_(message).tolist()
             if kind == _END:
@@ -106,6 +108,7 @@ class Decoder:
                 self._extend(row, self._group.broadcast_(tokens).tolist())
 
     def _announce(self, kind: int, values: Sequence[int]) -> None:
+        heartbeat.beat()
         if self._group.size > 1:
             padding = [0] * (max(2, self.num_slots) - len(values))
             message = [kind, len(values), *values, *padding]

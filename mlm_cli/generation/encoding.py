@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from mlm_cli.data.special_tokens import begin_ids
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError
 from mlm_cli.generation.generator import EncodedPrompt
@@ -20,16 +21,17 @@ class PromptEncoder:
     Args:
         max_length: longest prompt in tokens: the model's context.
         ends: texts end with the end-of-document token, as an encoder has been taught; an empty one is that token.
+        affixes: what stands before and behind each text that is given as words (not as ids).
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, *, ends: bool = False) -> None:
-        self._tokenizer, self.max_length = tokenizer, max_length
+    def __init__(
+        self, tokenizer: Tokenizer, max_length: int, *, ends: bool = False, affixes: tuple[str, str] = ("", "")
+    ) -> None:
+        self._tokenizer, self.max_length, self._affixes = tokenizer, max_length, affixes
         if ends and tokenizer.eod_id is None:
             raise DataError(f"tokenizer `{tokenizer.spec}` has no token that ends a text, which the encoder needs")
         self._tail = [tokenizer.eod_id] if ends and tokenizer.eod_id is not None else []
-        template = tokenizer.reference.encode("", add_special_tokens=True).ids
-        begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
-        self._lead: list[int] = [template[0]] if begins else []
+        self._lead = begin_ids(tokenizer)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Ids of a prompt.
@@ -37,7 +39,8 @@ class PromptEncoder:
         Raises:
             DataError: longer than the context, or empty with a tokenizer that has no token to begin with.
         """
-        tokens = self._lead + self._tokenizer.encode(prompt.text) + self._tail
+        prefix, suffix = self._affixes
+        tokens = self._lead + self._tokenizer.encode(f"{prefix}{prompt.text}{suffix}") + self._tail
         if not tokens:
             begin = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eod_id
             if begin is None:

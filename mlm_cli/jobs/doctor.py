@@ -31,6 +31,8 @@ OPTIONAL = {
     "zstandard": ("data", ".zst input"),
     "sentencepiece": ("sentencepiece", "SentencePiece .model files"),
     "scikit-learn": ("eval", "scores beyond accuracy and F1"),
+    "sacrebleu": ("eval", "BLEU and chrF of translations"),
+    "rouge-score": ("eval", "ROUGE of summaries"),
     "transformers": ("hf", "opening our models elsewhere"),
     "tensorboard": ("log", "TensorBoard curves"),
     "uvicorn": ("serve", "mlm generate --serve"),

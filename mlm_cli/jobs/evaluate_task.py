@@ -29,7 +29,7 @@ from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.registry import TASKS
 from mlm_cli.tasks.task import Task
-from mlm_cli.tasks.task_folder import TaskFacts, load_task_model, read_facts
+from mlm_cli.tasks.task_folder import TaskFacts, check_decoder_start, load_task_model, read_facts
 
 _COLUMNS = {"text_column", "label_column", "text_pair_column", "choice_columns"}
 
@@ -130,6 +130,7 @@ def _ask(
     """What the model in ``folder`` says of the examples."""
     kind = TASKS[section.name]
     tokenizer = agree.all_succeed(partial(tokenizer_of, request, folder, facts.section))
+    check_decoder_start(folder, tokenizer)
     length = min(context_length(request, facts.section), facts.max_length)
     task = agree.all_succeed(lambda: kind(section, TextEncoder(tokenizer, facts.section, length), facts.labels))
     features = agree.all_succeed(lambda: task.features(examples))

@@ -42,13 +42,14 @@ from mlm_cli.jobs.training_parts import (
     tell_of_hangs,
     watch_ranks,
 )
-from mlm_cli.models.heads import TaskModel, reads_first_token
+from mlm_cli.models.heads import TaskModel
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.random import RandomStreams
 from mlm_cli.tasks.batches import training_batches
+from mlm_cli.tasks.registry import TASKS
 from mlm_cli.tasks.task import Task
-from mlm_cli.tasks.task_folder import save_task_model, start_task_model
+from mlm_cli.tasks.task_folder import check_decoder_start, save_task_model, start_task_model
 from mlm_cli.training.engine import Engine, Objective
 from mlm_cli.training.engine_choice import build_engine, choose_engine
 from mlm_cli.training.loop import Plan, train
@@ -96,8 +97,10 @@ def _run_ranks(recipe: Recipe, task: TaskSection, init_from: str, stop: StopFlag
 def _with_model(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> Recipe:
     """The recipe with the architecture of the model it starts from; dropout and the like as the recipe says."""
     section, _ = read_model_config(source)
-    reads_first_token(section)  # a family with heads for tasks?
+    assert recipe.task is not None
+    TASKS[recipe.task.name].check_family(section)
     check_vocabulary(section, tokenizer, str(source))
+    check_decoder_start(source, tokenizer)
     given = {key: getattr(recipe.model, key) for key in FREE_MODEL_KEYS if key in recipe.model.model_fields_set}
     given["attention"] = kept_pattern(recipe.model.attention, section.attention)
     section = section.model_copy(update=given)
@@ -245,7 +248,7 @@ def _objective(task: Task) -> Objective:
 
     def objective(model: TaskModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         loss, _ = task.loss(model(batch), batch)
-        return loss, {"tokens": batch["lengths"].sum()}
+        return loss, {"tokens": task.count_tokens(batch)}
 
     return objective
 
@@ -259,7 +262,8 @@ def _build_model(
         changes, spec = free_settings(recipe.model), data.task.head
         model = agree.all_succeed(lambda: start_task_model(source, parallel, spec, seed=recipe.seed, changes=changes))
     else:
-        model = TaskModel(build_model(recipe.model, parallel, init=False, head=False), data.task.head, seed=None)
+        head = data.task.head
+        model = TaskModel(build_model(recipe.model, parallel, init=False, head=head.own), head, seed=None)
     streams = prepare_for_training(model.backbone, recipe, parallel, dtype)
     return model.train(), streams
 

@@ -35,6 +35,7 @@ from mlm_cli.models.gpt import GPT
 from mlm_cli.models.model import Model
 from mlm_cli.models.t5 import T5
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.tasks.task_folder import prompt_affixes
 
 if TYPE_CHECKING:
     from mlm_cli.config.requests import GenerateRequest
@@ -99,7 +100,8 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
         settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
-        encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5")
+        affixes = prompt_affixes(folder) if request.as_trained and not request.interactive else ("", "")
+        encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same

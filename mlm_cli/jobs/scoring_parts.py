@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlm_cli import log
-from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, task_class
+from mlm_cli.checkpoint.hub import check_vocabulary, read_model_config, task_class, trained_task
 from mlm_cli.config.requests import EvaluateRequest
+from mlm_cli.config.tasks import WRITTEN_KINDS
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 
@@ -26,9 +27,9 @@ def language_model_section(folder: Path, name: str) -> ModelSection:
         UsageError: ``name`` was fine-tuned to a task, or does not read from left to right.
     """
     section, config = read_model_config(folder)
-    own = config.get("mlm_task", dict, {})
-    if own or task_class(config) is not None:
-        task = own.get("name", "classification")
+    task = trained_task(config)
+    if task not in (None, *WRITTEN_KINDS) or task_class(config) is not None:
+        task = task or "classification"
         raise UsageError(f"{name} was fine-tuned to a task: it predicts no text", hint=f"use --task {task}")
     if section.family != "gpt":
         what = {"bert": "a masked language model", "t5": "an encoder-decoder"}[section.family]

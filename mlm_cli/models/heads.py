@@ -1,4 +1,4 @@
-"""Heads that tasks put on a model in place of its head of pretraining.
+"""Heads that tasks put on a model in place of its head of pretraining, or that head itself where texts are written.
 
 Each computes what transformers' class of the same name does: ``...ForSequenceClassification``,
 ``...ForTokenClassification``, ``...ForQuestionAnswering``, ``...ForMultipleChoice``, or the bare model for embeddings.
@@ -27,16 +27,22 @@ class HeadSpec:
     """What a task reads from the states of a text.
 
     Attributes:
-        reads: ``sequence``: scores of the whole text; ``token``: of each token; ``embedding``: one vector.
+        reads: ``sequence``: scores of the whole text; ``token``: of each token; ``embedding``: one vector; ``words``:
+            the next word, by the model's own output layer.
         num_outputs: scores a text or token; 0 for embeddings.
         pooling: of embeddings: the mean of all states, or one state: BERT's first, a causal model's last.
         dropout: as that between layers, before the scores of a token (token classification has it, spans do not).
     """
 
-    reads: Literal["sequence", "token", "embedding"]
+    reads: Literal["sequence", "token", "embedding", "words"]
     num_outputs: int = 0
     pooling: Literal["mean", "cls"] = "mean"
     dropout: bool = True
+
+    @property
+    def own(self) -> bool:
+        """Is it the head of pretraining that stays?"""
+        return self.reads == "words"
 
 
 class Output(nn.Module):
@@ -121,21 +127,23 @@ def reads_first_token(model: ModelSection) -> bool:
 
 
 class TaskModel(nn.Module):
-    """A model without its head of pretraining, and a task's head on it.
+    """A model without its head of pretraining, and a task's head on it; or with that head, where texts are written.
 
     Texts are padded on the right: a causal model sees nothing behind a text, BERT is told the lengths.
 
     Args:
-        backbone: built with ``head=False``, taken over.
+        backbone: built with ``head=spec.own``, taken over.
         seed: initial weights of the head are a function of it and the parameter's name; None leaves them unfilled.
     """
 
     def __init__(self, backbone: Model, spec: HeadSpec, *, seed: int | None) -> None:
         super().__init__()
-        assert backbone.head is None
+        assert (backbone.head is not None) == spec.own
         self.backbone, self.spec = backbone, spec
-        self.head = _HEADS[spec.reads](spec, backbone.config, backbone.dtype, backbone.parallel.device)
-        if seed is not None:
+        self.head: nn.Module | None = None
+        if not spec.own:
+            self.head = _HEADS[spec.reads](spec, backbone.config, backbone.dtype, backbone.parallel.device)
+        if seed is not None and self.head is not None:
             initialize(self.head, backbone.parallel, seed, prefix="head.")
 
     @property
@@ -145,10 +153,14 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Scores or embeddings in float32, ``[r, outputs]``, ``[r, s, outputs]`` or ``[r, h]``, as the head says.
 
+        With the model's own head ``[2]``: the mean cross entropy of the texts to be written, and the tokens it is over.
+
         Args:
             batch: ``tokens [r, s]`` padded on the right, ``lengths [r]`` at least 1; ``token_types [r, s]`` where the
-                model has them.
+                model has them; what the model's own ``loss`` asks for.
         """
+        if self.head is None:
+            return torch.stack(self.backbone.loss(batch))
         hidden = self.backbone.run(batch["tokens"], self.backbone.info(batch))
         return self.head(hidden, batch["lengths"])
 

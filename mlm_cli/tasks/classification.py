@@ -15,10 +15,10 @@ from mlm_cli.errors import DataError
 from mlm_cli.models.heads import HeadSpec
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.labelled_text import Example, columns_of, read_examples
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 
-class Classification(Task):
+class Classification(HeadTask):
     """Cross entropy over the classes; accuracy and F1."""
 
     name: ClassVar[str] = "classification"
@@ -95,7 +95,7 @@ def negative_log(probabilities: Iterable[float]) -> float:
     return float(-np.log(right).mean())
 
 
-def rows_of(task: Task, examples: Sequence[Example]) -> tuple[Any, ...]:
+def rows_of(task: HeadTask, examples: Sequence[Example]) -> tuple[Any, ...]:
     """A row for each text, or each pair of texts."""
     paired = any(example.text_pair is not None for example in examples)
     pairs = [example.text_pair or "" for example in examples] if paired else None

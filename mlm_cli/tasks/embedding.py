@@ -21,10 +21,10 @@ from mlm_cli.models.heads import HeadSpec
 from mlm_cli.tasks.correlation import correlations
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.labelled_text import Example, columns_of, number_of, read_examples
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 
-class Embedding(Task):
+class Embedding(HeadTask):
     """Spearman's and Pearson's correlation of the cosine with the scores."""
 
     name: ClassVar[str] = "embedding"

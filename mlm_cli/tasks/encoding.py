@@ -1,4 +1,5 @@
-"""From texts to rows of ids as the family was pretrained: ``[CLS] a [SEP] b [SEP]`` for BERT, plain for GPT."""
+"""From texts to rows of ids as the family was pretrained: ``[CLS] a [SEP] b [SEP]`` for BERT, plain for GPT, with the
+end-of-text token for T5."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, model: ModelSection, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.family = tokenizer, max_length, model.family
         self.two_types = model.num_token_types > 1
         self.before: list[int] = []
         self.between: list[int] = [tokenizer.eod_id] if tokenizer.eod_id is not None else tokenizer.encode("\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli.config.schema import TaskSection
+from mlm_cli.config.tasks import WRITTEN_KINDS
 from mlm_cli.data.compressed import PACKED, open_unpacked
 from mlm_cli.errors import DataError
 
@@ -28,6 +29,8 @@ class Columns:
     """Where a row holds what. Columns are names, or numbers from 0; ``header`` None: there is one if a name is used.
 
     ``choices``: columns of a question's choices, one each, or a single one with a list (``.jsonl``).
+    ``written``: the label is a text to be written. It may be a list, of texts that are all right, and the text one of
+    sentences (``.jsonl``).
     """
 
     text: Column = "text"
@@ -35,6 +38,7 @@ class Columns:
     text_pair: Column | None = None
     header: bool | None = None
     choices: tuple[Column, ...] = ()
+    written: bool = False
 
     @property
     def asked(self) -> list[Column]:
@@ -43,6 +47,8 @@ class Columns:
     @property
     def lists(self) -> tuple[Column, ...]:
         """Columns that may hold a list of texts."""
+        if self.written:
+            return self.text, self.label
         return self.choices if len(self.choices) == 1 else ()
 
     @property
@@ -52,19 +58,24 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text. ``where`` is its ``file:line``; ``choices`` the texts to choose from."""
+    """One labelled text. ``where`` is its ``file:line``; ``choices`` the texts to choose from.
+
+    ``references``: where several texts are right, all of them; ``label`` is the first.
+    """
 
     text: str
     text_pair: str | None
     label: str
     where: str
     choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def columns_of(section: TaskSection) -> Columns:
     """The columns that a recipe's ``task`` section names."""
     choices = section.choice_columns if section.name == "multiple_choice" else ()
-    return Columns(section.text_column, section.label_column, section.text_pair_column, section.header, choices)
+    columns = (section.text_column, section.label_column, section.text_pair_column)
+    return Columns(*columns, section.header, choices, section.name in WRITTEN_KINDS)
 
 
 def read_examples(path: str | Path, columns: Columns) -> list[Example]:
@@ -183,7 +194,7 @@ def _json_rows(path: Path, file: io.TextIOWrapper, columns: Columns) -> Iterator
             except (KeyError, IndexError, TypeError):
                 keys = ", ".join(f"`{key}`" for key in record) if isinstance(record, dict) else "no keys"
                 raise DataError(f"{where} has no `{column}`; found {keys}") from None
-            if column in columns.lists:
+            if column in columns.lists and (isinstance(value, list) or not columns.written):
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise DataError(f"{where}: `{column}` is {json.dumps(value)[:40]}, not a list of texts")
                 values[column] = value
@@ -195,10 +206,15 @@ def _json_rows(path: Path, file: io.TextIOWrapper, columns: Columns) -> Iterator
 
 
 def _example(values: Values, columns: Columns, where: str) -> Example:
-    label = values[columns.label].strip()
-    if not label:
+    found = values[columns.label]
+    labels = [label.strip() for label in (found if isinstance(found, list) else [found])]
+    if not labels or not all(labels):
         raise DataError(f"{where} has no label (column `{columns.label}` is empty)")
+    text = values[columns.text]
     pair = values[columns.text_pair] if columns.text_pair is not None else None
     found = [values[column] for column in columns.choices]
     choices = found[0] if len(found) == 1 and isinstance(found[0], list) else found
-    return Example(values[columns.text], pair, label, where, tuple(choices))
+    references = tuple(labels) if len(labels) > 1 else ()
+    return Example(
+        text if isinstance(text, str) else " ".join(text), pair, labels[0], where, tuple(choices), references
+    )

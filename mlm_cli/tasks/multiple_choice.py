@@ -20,10 +20,10 @@ from mlm_cli.models.heads import HeadSpec, reads_first_token
 from mlm_cli.tasks.classification import negative_log
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.labelled_text import Example, columns_of, read_examples
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 
-class MultipleChoice(Task):
+class MultipleChoice(HeadTask):
     """Cross entropy over the choices; accuracy. The label is a choice's number from 0, or its text."""
 
     name: ClassVar[str] = "multiple_choice"

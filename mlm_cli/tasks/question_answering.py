@@ -26,7 +26,7 @@ from mlm_cli.models.heads import HeadSpec
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.squad import Question, best_threshold, read_squad, squad_scores
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 # Columns of the target `windows`.
 _QUESTION, _BEGIN, _LENGTH, _FIRST, _LOW, _HIGH = range(6)
@@ -49,7 +49,7 @@ class Candidate:
         return self.start == self.end
 
 
-class QuestionAnswering(Task):
+class QuestionAnswering(HeadTask):
     """Mean cross entropy of an answer's first and last token; exact match and F1 as SQuAD's scorer has them, 0 to 1.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlm_cli.checkpoint.hub import read_model_config, task_class
+from mlm_cli.checkpoint.hub import read_model_config, task_class, trained_task
 from mlm_cli.config.schema import TaskSection
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError
@@ -17,6 +17,7 @@ from mlm_cli.tasks.regression import Regression
 from mlm_cli.tasks.task import Task
 from mlm_cli.tasks.task_folder import read_facts
 from mlm_cli.tasks.token_classification import TokenClassification
+from mlm_cli.tasks.writing import Summarization, TextGeneration, Translation
 
 _KINDS: tuple[type[Task], ...] = (
     Classification,
@@ -25,6 +26,9 @@ _KINDS: tuple[type[Task], ...] = (
     QuestionAnswering,
     MultipleChoice,
     Embedding,
+    Translation,
+    Summarization,
+    TextGeneration,
 )
 TASKS: dict[str, type[Task]] = {kind.name: kind for kind in _KINDS}
 
@@ -44,7 +48,7 @@ def task_of(folder: Path, tokenizer: Tokenizer) -> Task:
     _, config = read_model_config(folder)
     kind = "regression" if config.get("problem_type", str, "") == "regression" else "classification"
     kind = _BY_CLASS.get(task_class(config) or "", kind)
-    name = str(config.get("mlm_task", dict, {}).get("name", kind))
+    name = trained_task(config) or kind
     if name not in TASKS:
         raise CheckpointError(f"{folder} was fine-tuned to `{name}`", hint=f"known tasks: {', '.join(TASKS)}")
     facts = read_facts(folder, TASKS[name])

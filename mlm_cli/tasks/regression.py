@@ -16,10 +16,10 @@ from mlm_cli.tasks.classification import rows_of
 from mlm_cli.tasks.correlation import correlations
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.labelled_text import Example, columns_of, number_of, read_examples
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 
-class Regression(Task):
+class Regression(HeadTask):
     """Squared error; Pearson's and Spearman's correlation with the labels (GLUE, Wang et al. 2019, section 3.2)."""
 
     name: ClassVar[str] = "regression"

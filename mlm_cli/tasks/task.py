@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from mlm_cli.config.schema import ModelSection, TaskSection
-from mlm_cli.models.heads import HeadSpec
+from mlm_cli.models.heads import HeadSpec, reads_first_token
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.features import Features
 
@@ -50,6 +50,7 @@ class Task(ABC):
     Attributes:
         name: as ``task.name`` in a recipe.
         has_labels: it chooses between classes with names.
+        writes: its answers are texts, which the model writes with its own output layer: see ``writing.Writing``.
         kept: keys of the section that the model cannot be used rightly without: they travel with it.
     """
 
@@ -57,9 +58,15 @@ class Task(ABC):
     version: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
 
     def __init__(self, section: TaskSection, encoder: TextEncoder, labels: Sequence[str] = ()) -> None:
         self.section, self.encoder, self.labels = section, encoder, tuple(labels)
+
+    @staticmethod
+    def check_family(model: ModelSection) -> None:
+        """Raise UsageError unless a model of this family can learn the task."""
+        reads_first_token(model)
 
     @staticmethod
     @abstractmethod
@@ -88,10 +95,6 @@ class Task(ABC):
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss (float32, with gradient) of the model's outputs, and the number of targets it is over."""
-
-    @abstractmethod
-    def predict(self, outputs: Tensor, batch: Batch) -> list[Any]:
-        """What the model says of each unit of the batch, as plain values or numpy arrays: see ``answers``."""
 
     def answers(self, predictions: Sequence[Any], features: Features, examples: Sequence[Any]) -> list[Any]:
         """What the model says of each example; probabilities, not a choice, so that they can be pooled.
@@ -122,6 +125,10 @@ class Task(ABC):
         """The loss of answers; nan where they do not say enough for it."""
         return math.nan
 
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """Tokens of a batch that the model reads: what progress is told in."""
+        return batch["lengths"].sum()
+
     def config(self) -> dict[str, Any]:
         """Entries of the model's ``config.json`` that say what the head's outputs mean, as transformers names them."""
         if not self.labels:
@@ -131,3 +138,11 @@ class Task(ABC):
             "id2label": {str(number): label for number, label in enumerate(self.labels)},
             "label2id": {label: number for number, label in enumerate(self.labels)},
         }
+
+
+class HeadTask(Task):
+    """A kind whose answers come from a head of its own, one pass over a batch for each."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor, batch: Batch) -> list[Any]:
+        """What the model says of each unit of the batch, as plain values or numpy arrays: see ``answers``."""

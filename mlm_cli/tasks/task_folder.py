@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mlm_cli import log
 from mlm_cli.checkpoint.hub import (
+    TASK,
     Head,
     WeightFiles,
     load_model_folder,
     read_model_config,
     save_model_folder,
     task_class,
+    trained_task,
 )
 from mlm_cli.checkpoint.hub_read import LAYOUTS, find, head_tensors, key_map_of
 from mlm_cli.checkpoint.key_map import KeyMap
@@ -25,10 +27,14 @@ from mlm_cli.checkpoint.manifest import FileRecord
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout
+from mlm_cli.config.tasks import WRITTEN_KINDS
+from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
-from mlm_cli.models.heads import HeadSpec, TaskModel, reads_first_token
+from mlm_cli.models.heads import HeadSpec, TaskModel
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.tasks.encoding import pad_id_of
 from mlm_cli.tasks.task import Task
+from mlm_cli.tasks.writing import affixes_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def start_task_model(
     dtype: torch.dtype = torch.float32,
     changes: Mapping[str, Any] | None = None,
 ) -> TaskModel:
-    """A model with the weights of the one in ``folder`` and a new head.
+    """A model with the weights of the one in ``folder`` and a new head, or with its own where texts are written.
 
     The folder's own head, of pretraining or of another task, is left out, but for its pooler: the new head goes on with
     that where it has one. Every tensor of the files is accounted for.
@@ -67,13 +73,11 @@ def start_task_model(
 
     Raises:
         CheckpointError: the folder holds no model that can be read.
-        UsageError: its family has no heads for tasks.
     """
     section, config = read_model_config(folder)
-    reads_first_token(section)
-    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=False, changes=changes)
+    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=spec.own, changes=changes)
     model = TaskModel(backbone, spec, seed=seed)
-    if is_megatron_folder(folder):
+    if spec.own or is_megatron_folder(folder):
         return model  # causal models alone, whose only head was left out
     layout, kept = key_map_of(section, config), set[str]()
     with WeightFiles(folder) as files:
@@ -107,12 +111,13 @@ def save_task_model(
     ``later`` and what is returned: as in ``save_model_folder``.
     """
     section, settings = model.backbone.config, {key: getattr(task.section, key) for key in task.kept}
+    about = {TASK: {"name": task.name, "max_length": task.encoder.max_length, **settings}}
+    if model.head is None:
+        return save_model_folder(
+            model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, config=about, later=later
+        )
     architecture = task.architecture(section)
-    config = {
-        "pad_token_id": task.encoder.pad_id,
-        **task.config(),
-        "mlm_task": {"name": task.name, "max_length": task.encoder.max_length, **settings},
-    }
+    config = {"pad_token_id": task.encoder.pad_id, **task.config(), **about}
     names = _head_names(section, architecture)
     tensors: dict[str, Tensor] = {names[ours]: param.detach().cpu() for ours, param in model.head.named_parameters()}
     head = Head(architecture, tensors, config)
@@ -130,8 +135,10 @@ def load_task_model(
         CheckpointError: damaged, or without the head that ``spec`` asks for.
     """
     section, config = read_model_config(folder)
-    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=False)
+    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=spec.own)
     model = TaskModel(backbone, spec, seed=None)
+    if spec.own:
+        return model
     with WeightFiles(folder) as files:
         names = _head_names(section, task_class(config) or "Model")
         used = _fill_head(model, files, names, key_map_of(section, config))
@@ -148,7 +155,9 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
         CheckpointError: the model in ``folder`` is not one of this kind of task.
     """
     section, config = read_model_config(folder)
-    own = config.get("mlm_task", dict, {})
+    own = config.get(TASK, dict, {})
+    if kind.writes:
+        return _facts_of_writing(folder, kind, section, task_class(config), own)
     wanted, found = kind.architecture(section), task_class(config) or "Model"
     named = config.get("architectures", list, [])
     what = named[0] if named else "model without architecture"
@@ -165,6 +174,41 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
     labels = _labels(config.get("id2label", dict, default), folder) if kind.has_labels else ()
     settings = {key: own[key] for key in kind.kept if key in own}
     return TaskFacts(labels, int(own.get("max_length") or section.seq_length), settings, section)
+
+
+def prompt_affixes(folder: Path) -> tuple[str, str]:
+    """What stood before and behind each text where the model in ``folder`` learned to write; nothing if it did not."""
+    section, config = read_model_config(folder)
+    if trained_task(config) not in WRITTEN_KINDS:
+        return "", ""
+    return affixes_of(config.get(TASK, dict, {}), section.family)
+
+
+def check_decoder_start(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError where a T5 begins its texts with another token than its padding, as tasks have it."""
+    section, config = read_model_config(folder)
+    padding = pad_id_of(tokenizer)
+    start = config.get("decoder_start_token_id", int, padding)
+    if section.family == "t5" and start != padding:
+        raise CheckpointError(
+            f"{config.where}: `decoder_start_token_id` is {start}, the tokenizer's padding {padding}",
+            hint="tasks are learned by a T5 whose texts begin with its padding token",
+        )
+
+
+def _facts_of_writing(
+    folder: Path, kind: type[Task], section: ModelSection, head: str | None, own: Mapping[str, Any]
+) -> TaskFacts:
+    """Any model that writes will do; settings are those of this kind, should it have been trained for it."""
+    kind.check_family(section)
+    if head is not None:
+        raise CheckpointError(
+            f"{folder} holds a model that ends in ...{head}, which writes no texts",
+            hint=f"train one with `mlm finetune` and task.name={kind.name}, and name its run folder",
+        )
+    mine = own.get("name") == kind.name
+    settings = {key: own[key] for key in kind.kept if key in own} if mine else {}
+    return TaskFacts((), int((own.get("max_length") if mine else None) or section.seq_length), settings, section)
 
 
 def _labels(id2label: Mapping[str, Any], folder: Path) -> tuple[str, ...]:

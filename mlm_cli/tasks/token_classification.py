@@ -17,7 +17,7 @@ from mlm_cli.tasks.classification import negative_log
 from mlm_cli.tasks.conll import Sentence, read_conll
 from mlm_cli.tasks.entities import EntityCounts, split_tag
 from mlm_cli.tasks.features import IGNORED, Features
-from mlm_cli.tasks.task import Batch, Scores, Task
+from mlm_cli.tasks.task import Batch, HeadTask, Scores
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Part:
     firsts: list[int]
 
 
-class TokenClassification(Task):
+class TokenClassification(HeadTask):
     """Cross entropy of the tag at each token's first piece (Devlin et al. 2019, section 5.3); F1 of whole entities.
 
     A sentence too long for the model becomes several rows, cut between tokens: none is left without a tag.

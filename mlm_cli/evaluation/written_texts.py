@@ -1,0 +1,73 @@
+"""The texts that a model in training or evaluation writes for a task, by ``mlm generate``'s decoder, greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch.distributed as dist
+
+from mlm_cli.generation.decoder import Decoder
+from mlm_cli.generation.encoder_decoder import EncoderDecoder
+from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
+from mlm_cli.generation.prompts import Prompt
+from mlm_cli.generation.sampling import Sampling
+from mlm_cli.generation.text_stream import text_stream
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
+from mlm_cli.models.t5 import T5
+from mlm_cli.parallel.context import Group
+from mlm_cli.tasks.features import Features
+from mlm_cli.tasks.writing import Writing
+
+
+def write_texts(
+    model: Model,
+    task: Writing,
+    features: Features,
+    *,
+    batch_size: int,
+    on_text: Callable[[], None] = lambda: None,
+) -> dict[int, str]:
+    """What the model writes for each unit, by its number, equal on all ranks. All ranks call; data ranks share units.
+
+    Args:
+        model: in evaluation mode.
+        batch_size: texts at once on one rank; changes none of them beyond float rounding.
+        on_text: called when a text is done, on the first rank of each tensor group.
+    """
+    tensor, data = model.parallel.tensor, model.parallel.data
+    decoder = _decoder(model, task, batch_size)
+    written: dict[int, str] = {}
+    if tensor.rank == 0:
+        mine = range(data.rank, len(features), data.size)
+        settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=frozenset({task.end_id}))
+        generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
+        prompts = (
+            EncodedPrompt(Prompt(unit, "", unit, f"text {unit}"), features.rows[unit].ids.tolist()) for unit in mine
+        )
+        with closing(decoder):
+            for place, answer in generator.as_done(prompts):
+                written[mine[place]] = answer.text
+                on_text()
+    else:
+        decoder.follow()
+    return gather_units(gather_units(written, tensor), data)
+
+
+def gather_units(mine: dict[int, str], group: Group) -> dict[int, str]:
+    """What the ranks of a group have for different units, on each of them."""
+    if group.size == 1:
+        return mine
+    parts: list[dict[int, str]] = [{}] * group.size
+    dist.all_gather_object(parts, mine, group=group.handle)
+    return {unit: value for part in parts for unit, value in part.items()}
+
+
+def _decoder(model: Model, task: Writing, batch_size: int) -> Decoder:
+    if isinstance(model, T5):
+        assert task.start_id is not None
+        longest = task.section.max_target_length + 1
+        return EncoderDecoder(model, batch_size, max_length=longest, start_id=task.start_id)
+    assert isinstance(model, GPT)
+    return Decoder(model, batch_size, task.encoder.max_length)
