@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlm_cli.checkpoint import map_own
@@ -20,14 +20,15 @@ from mlm_cli.checkpoint.key_map import Entry, KeyMap, kept_settings
 from mlm_cli.checkpoint.manifest import FileRecord
 from mlm_cli.checkpoint.model_card import model_card
 from mlm_cli.checkpoint.tensor_file import write_tensors
-from mlm_cli.checkpoint.weight_files import INDEX, SINGLE
+from mlm_cli.checkpoint.weight_files import INDEX
+from mlm_cli.checkpoint.weight_shares import Job, Shares, share_out
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.config.shapes import hub_layout, is_sparse
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.model import Model
-from mlm_cli.parallel.context import Group, ParallelContext
-from mlm_cli.parallel.shard import gather_full, shard_of
+from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.shard import full_shape, gather_full, shard_of
 
 _PRETRAINING = re.compile("LMHeadModel$|For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$")
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -62,7 +63,7 @@ def save_model_folder(
     later: list[Callable[[], None]] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, FileRecord]:
-    """Write ``model`` in Hugging Face layout. All ranks call; group rank 0 of the tensor group writes.
+    """Write ``model`` in Hugging Face layout. All ranks call; those of tensor and pipeline groups share the writing.
 
     A layer at a time is gathered, so no rank ever holds the whole model twice. Data-parallel copies hold the same: only
     data rank 0 does anything.
@@ -78,10 +79,10 @@ def save_model_folder(
         max_shard_bytes: files grow no larger; more than one get an index.
         later: nothing is written now: a copy of the weights is taken, and what is left to do with it is added to this
             list, to be called in order, in any thread (no collectives are left).
-        on_bytes: told the bytes of each weight file, on the rank that writes, when it is written.
+        on_bytes: told the bytes of each weight file, on the rank that writes it, when it is written.
 
     Returns:
-        size and SHA-256 of each weight file (empty on ranks that write nothing; with ``later``, until that is done).
+        size and SHA-256 of each weight file that this rank writes (with ``later``: once that is done).
 
     Raises:
         CheckpointError: the tokenizer has more tokens than the model.
@@ -94,24 +95,27 @@ def save_model_folder(
     layout = LAYOUTS[hub_layout(model.config)]
     if model.parallel.replicas.rank != 0:
         return {}
-    first_slice = model.parallel.tensor.rank == 0 and model.parallel.pipeline.rank == 0
-    writer = _Writer(Path(folder), first_slice, later, on_bytes)
+    tensor, pipeline = model.parallel.tensor, model.parallel.pipeline
+    writer = _Writer(Path(folder), later, on_bytes)
     key_map: KeyMap = layout.key_map(model.config)
     prefix = getattr(layout, "TASK_PREFIX", {}).get(head.architecture if head is not None else None)
     if prefix:
         key_map = key_map.with_prefix(prefix)
     jobs = _jobs(model, key_map, weights, dtype, head)
-    if model.parallel.pipeline.size > 1:
-        jobs = _from_all_stages(jobs, model.parallel.pipeline)
-    for number, shard in enumerate(_split(jobs, max_shard_bytes)):
-        tensors = {name: tensor for job in shard for name, tensor in job.make().items()}
-        if later is not None:
-            tensors = _own_copies(
-                tensors, [*model.parameters(), *(weights or {}).values(), *(head.tensors.values() if head else ())]
-            )
-        writer.weights(number, tensors)
-    out_dtype = dtype or _dtype_of(model, weights)
-    writer.finish(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head, config))
+    live = [*model.parameters(), *(weights or {}).values(), *(head.tensors.values() if head else ())]
+    shares = share_out(jobs, tensor, pipeline, max_shard_bytes)
+    for file in shares.files:
+        tensors: dict[str, Tensor] = {}
+        for job in file.jobs:
+            made = job.make()
+            tensors |= made if file.mine else {}
+        if file.mine:
+            writer.weights(file.name, _own_copies(tensors, live) if later is not None else tensors)
+    if tensor.rank == 0 and pipeline.rank == 0:
+        out_dtype = dtype or _dtype_of(model, weights)
+        writer.add(lambda: _write_index(Path(folder), shares))
+        writer.add(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head, config))
+    writer.finish()
     return writer.records
 
 
@@ -143,46 +147,36 @@ def refuse_inexpressible(model: ModelSection) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Some tensors that will be written: their size now, themselves when asked (a collective over the tensor group)."""
-
-    num_bytes: int
-    make: Callable[[], dict[str, Tensor]]
-
-
 def _jobs(
     model: Model, key_map: KeyMap, weights: Mapping[str, Tensor] | None, dtype: torch.dtype | None, head: Head | None
-) -> list[_Job]:
+) -> list[Job]:
     jobs = []
     for name, param in model.named_parameters():
         if name in model.copies:
             continue  # its owner, an earlier stage, writes it
         local = weights[name] if weights is not None else param.detach()
         kind = dtype or local.dtype
-        size = local.numel() * (model.parallel.tensor.size if shard_of(param) else 1) * kind.itemsize
-        jobs.append(_Job(size, _maker(local, param, key_map.entries[name], kind, model.parallel)))
+        entry = key_map.entries[name]
+        sizes = _sizes(param, entry, kind, model.parallel.tensor.size)
+        jobs.append(Job(sizes, _maker(local, param, entry, kind, model.parallel)))
     default = dtype or _dtype_of(model, weights)
     zeros = {name: torch.zeros(shape, dtype=default) for name, shape in key_map.zeros.items()}
     extra = {name: tensor.detach().to(default) for name, tensor in head.tensors.items()} if head else {}
     for name, tensor in (zeros | extra).items() if model.has_embedding else ():
-        jobs.append(_Job(tensor.numel() * tensor.element_size(), lambda pair=(name, tensor): dict([pair])))
+        jobs.append(Job({name: tensor.numel() * tensor.element_size()}, lambda pair=(name, tensor): dict([pair])))
     return jobs
 
 
-def _from_all_stages(own: list[_Job], pipeline: Group) -> list[_Job]:
-    """The jobs of all stages in order, each done by its stage and handed to the first, which writes."""
-    sizes: list[Any] = [None] * pipeline.size
-    dist.all_gather_object(sizes, [job.num_bytes for job in own], group=pipeline.handle)
-
-    def job(stage: int, number: int) -> _Job:
-        def make() -> dict[str, Tensor]:
-            tensors = own[number].make() if pipeline.rank == stage else {}
-            return pipeline.to_first(tensors, stage)
-
-        return _Job(sizes[stage][number], make)
-
-    return [job(stage, number) for stage in range(pipeline.size) for number in range(len(sizes[stage]))]
+def _sizes(param: Tensor, entry: Entry, dtype: torch.dtype, tensor_size: int) -> dict[str, int]:
+    """Bytes of the tensors that a parameter becomes, without padding."""
+    shard, shape = shard_of(param), list(full_shape(param, tensor_size))
+    if shard is not None and shard.valid is not None:
+        shape[shard.dim] = shard.valid
+    if len(entry.sources) == 1:
+        return {entry.sources[0]: math.prod(shape) * dtype.itemsize}
+    assert shard is not None and shard.blocks is not None
+    row = math.prod(shape) // shape[shard.dim] * dtype.itemsize
+    return {source: block * row for source, block in zip(entry.sources, shard.blocks, strict=True)}
 
 
 def _dtype_of(model: Model, weights: Mapping[str, Tensor] | None) -> torch.dtype:
@@ -209,19 +203,6 @@ def _maker(
     return make
 
 
-def _split(jobs: list[_Job], most: int) -> list[list[_Job]]:
-    """Consecutive jobs that fit into one file each."""
-    shards: list[list[_Job]] = [[]]
-    size = 0
-    for job in jobs:
-        if shards[-1] and size + job.num_bytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(job)
-        size += job.num_bytes
-    return shards
-
-
 def _own_copies(tensors: dict[str, Tensor], live: list[Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory with the ``live`` ones, which will change."""
     places = {tensor.untyped_storage().data_ptr() for tensor in live}
@@ -235,59 +216,42 @@ class _Writer:
     """Writes on one rank. An error is kept until every rank has gone through all collectives, so that none waits."""
 
     def __init__(
-        self,
-        folder: Path,
-        active: bool,
-        later: list[Callable[[], None]] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
+        self, folder: Path, later: list[Callable[[], None]] | None, on_bytes: Callable[[int], None] | None
     ) -> None:
-        self.folder, self.active, self.later, self.on_bytes = folder, active, later, on_bytes
+        self.folder, self.later, self.on_bytes = folder, later, on_bytes
         self.records: dict[str, FileRecord] = {}
-        self._names: list[list[str]] = []
-        self._bytes = 0
         self._error: Exception | None = None
 
-    def _try(self, action: Callable[[], None]) -> None:
-        if self.active and self.later is not None:
+    def add(self, action: Callable[[], None]) -> None:
+        """Do it now, or leave it for later."""
+        if self.later is not None:
             self.later.append(action)
-        elif self.active and self._error is None:
+        elif self._error is None:
             try:
                 action()
             except Exception as error:
                 self._error = error
 
-    def weights(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def weights(self, name: str, tensors: dict[str, Tensor]) -> None:
         def write() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = f"model-{number + 1:05d}.safetensors"
             self.records[name] = write_tensors(self.folder / name, tensors, {"format": "pt"})
-            self._names.append(list(tensors))
-            self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             if self.on_bytes is not None:
                 self.on_bytes(self.records[name].size)
 
-        self._try(write)
+        self.add(write)
 
-    def finish(self, write_texts: Callable[[], None]) -> None:
-        self._try(self._name_files)
-        self._try(write_texts)
+    def finish(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _name_files(self) -> None:
-        """One file gets the plain name; several say how many there are and get an index."""
-        count, weight_map, records = len(self._names), {}, {}
-        for number, names in enumerate(self._names):
-            old = f"model-{number + 1:05d}.safetensors"
-            new = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / old).rename(self.folder / new)
-            records[new] = self.records[old]
-            weight_map.update(dict.fromkeys(names, new))
-        self.records.clear()  # in place: who was given them before anything was written sees them too
-        self.records.update(records)
-        if count > 1:
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self.folder / INDEX, index)
+
+def _write_index(folder: Path, shares: Shares) -> None:
+    """Which file holds which tensor, where there are several."""
+    if len(set(shares.places.values())) > 1:
+        index = {"metadata": {"total_size": shares.num_bytes}, "weight_map": dict(sorted(shares.places.items()))}
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / INDEX, index)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

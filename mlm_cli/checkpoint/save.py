@@ -66,13 +66,17 @@ class Saved:
     seconds: float
 
 
+# By one rank: the record of its state, and those of its files of `model/`, by their names below the checkpoint.
+_Written = tuple[FileRecord, dict[str, FileRecord]]
+
+
 @dataclass
 class _Pending:
-    """A checkpoint being written: by this rank its state, and on the first rank ``model/`` with the hashes of it."""
+    """A checkpoint being written: this rank's state, its share of ``model/``, and the hashes of both."""
 
     position: Position
     metrics: dict[str, float]
-    work: Work[tuple[FileRecord, dict[str, FileRecord]]]
+    work: Work[_Written]
     blocked: float
 
 
@@ -80,10 +84,11 @@ class Checkpointer:
     """Saves one run's checkpoints; every method is called by all ranks together.
 
     Args:
-        write_model: ``write_model(folder, position, metrics)`` writes ``model/``; all ranks call it, rank 0 writes. The
-            model's parameters are then the float32 masters. With ``background`` it is given a list as a fourth argument
-            and leaves the writing to functions that it adds there (``hub.save_model_folder``'s ``later``). It may
-            return the records of files that were read back, by name, filled in at the latest when those are done.
+        write_model: ``write_model(folder, position, metrics)`` writes ``model/``; all ranks call it and share the
+            weights, rank 0 writes all else. The model's parameters are then the float32 masters. With ``background`` it
+            is given a list as a fourth argument and leaves the writing to functions that it adds there
+            (``hub.save_model_folder``'s ``later``). It may return the records of files that this rank has written and
+            read back, by name, filled in at the latest when those are done.
         background: ``save(wait=False)`` copies the state and writes while training goes on, where memory allows.
         keep_last: how many checkpoints stay; 0: all.
         keep_best: how many of the lowest ``valid_loss`` stay beside them.
@@ -166,7 +171,7 @@ class Checkpointer:
             agree.on_rank_zero(lambda: self.run.discard(temporary))
             raise
 
-        def write() -> tuple[FileRecord, dict[str, FileRecord]]:
+        def write() -> _Written:
             return self._write(temporary, written or self._start_state(temporary, state), later, weights)
 
         work = Work(write, in_thread=aside)
@@ -192,9 +197,9 @@ class Checkpointer:
         position, metrics = pending.position, pending.metrics
         final, temporary = self.run.checkpoint(position.step), self.run.temporary(position.step)
         try:
-            record, others = agree.all_succeed(pending.work.result)
-            records = self._gather(record)
-            agree.on_rank_zero(lambda: self._commit(temporary, final, position, records, others, metrics))
+            mine = agree.all_succeed(pending.work.result)
+            written = self._gather(mine)
+            agree.on_rank_zero(lambda: self._commit(temporary, final, position, written, metrics))
         except MlmError:
             agree.on_rank_zero(lambda: self.run.discard(temporary))
             raise
@@ -244,12 +249,12 @@ class Checkpointer:
         state: Work[FileRecord],
         later: list[Callable[[], None]],
         weights: Mapping[str, FileRecord],
-    ) -> tuple[FileRecord, dict[str, FileRecord]]:
-        """This rank's part, read back: the record of its state, and on the first rank those of all other files.
+    ) -> _Written:
+        """This rank's part, read back: the record of its state, and those of its files of ``model/``.
 
         Args:
             state: the writing of this rank's state, begun.
-            weights: records of files of ``model/`` by name, when ``later`` is done.
+            weights: records of this rank's files of ``model/`` by name, when ``later`` is done.
         """
         with agree.disk_errors(temporary / "model", "writing"):
             try:
@@ -257,41 +262,37 @@ class Checkpointer:
                     action()
             finally:
                 state.wait()
-            record = state.result()
-            others: dict[str, FileRecord] = {}
-            if self.parallel.world.rank == 0:
-                for name in list_files(temporary):
-                    if not name.startswith("state/"):
-                        written = weights.get(name.removeprefix("model/"))  # read back and durable
-                        others[name] = hash_file(temporary / name) if written is None else written
-                        if written is None:
-                            fsync_path(temporary / name)
-        return record, others
+            return state.result(), {f"model/{name}": record for name, record in weights.items()}
 
     def _write_model(self, folder: Path, *given: Any) -> Mapping[str, FileRecord]:
         with agree.disk_errors(folder, "writing"), self.engine.fp32_weights():
             return self.write_model(folder, *given) or {}
 
-    def _gather(self, record: FileRecord) -> list[FileRecord]:
+    def _gather(self, mine: _Written) -> list[_Written]:
+        """What all ranks have written, in their order."""
         if self.parallel.world.size == 1:
-            return [record]
-        records: list[Any] = [None] * self.parallel.world.size
-        dist.all_gather_object(records, record)
-        return records
+            return [mine]
+        everywhere: list[Any] = [None] * self.parallel.world.size
+        dist.all_gather_object(everywhere, mine)
+        return everywhere
 
     def _commit(
         self,
         temporary: Path,
         final: Path,
         position: Position,
-        records: list[FileRecord],
-        others: dict[str, FileRecord],
+        written: list[_Written],
         metrics: dict[str, float],
     ) -> None:
         """Rank 0: manifest, final name, ``latest``, then the old ones."""
         with agree.disk_errors(temporary, "writing"):
-            files = {rank_file(rank): record for rank, record in enumerate(records)}
-            files |= others
+            files = {rank_file(rank): record for rank, (record, _) in enumerate(written)}
+            for _, weights in written:
+                files |= weights
+            for name in list_files(temporary):  # texts, which nobody has read back
+                if name not in files:
+                    files[name] = hash_file(temporary / name)
+                    fsync_path(temporary / name)
             manifest = Manifest(
                 step=position.step,
                 consumed_samples=position.consumed_samples,
