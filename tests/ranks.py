@@ -50,11 +50,12 @@ def _context() -> Any:
     """How processes are started: forked from one that has imported what takes seconds, or anew.
 
     What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in
-    this very process leaves behind is set anew in each rank.
+    this very process leaves behind is set anew in each rank, and scikit-learn's settings of Intel's OpenMP, which
+    importing it leaves behind, are nothing to torch.
     """
     import torch.multiprocessing as mp
 
-    left = ("PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR")
+    left = ("PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK")
     now = {key: value for key, value in os.environ.items() if key not in left}
     if _environment and now != _environment:
         return mp.get_context("spawn")
