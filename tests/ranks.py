@@ -43,6 +43,9 @@ def _rank_main(
 
 
 _PRELOADED = ["torch", "torch._dynamo", "deepspeed", "mlm_cli.jobs.pretrain", "mlm_cli.jobs.finetune"]
+_LEFT_BEHIND = (
+    "PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TYPER_USE_RICH",
+)  # fmt: skip
 _environment: dict[str, str] = {}  # of the server that ranks are forked from
 
 
@@ -50,13 +53,12 @@ def _context() -> Any:
     """How processes are started: forked from one that has imported what takes seconds, or anew.
 
     What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in
-    this very process leaves behind is set anew in each rank, and scikit-learn's settings of Intel's OpenMP, which
-    importing it leaves behind, are nothing to torch.
+    this very process leaves behind is set anew in each rank; what importing scikit-learn (settings of Intel's OpenMP)
+    and our command line leave behind is nothing to ranks.
     """
     import torch.multiprocessing as mp
 
-    left = ("PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK")
-    now = {key: value for key, value in os.environ.items() if key not in left}
+    now = {key: value for key, value in os.environ.items() if key not in _LEFT_BEHIND}
     if _environment and now != _environment:
         return mp.get_context("spawn")
     _environment.update(now)
