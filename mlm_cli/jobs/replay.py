@@ -59,12 +59,18 @@ def check(report: Report) -> None:
     if report.same:
         return
     found = report.difference
+    other = (
+        f"other ranks wrote the checkpoint of step {report.from_step} ({report.start_layout}); steps that they took "
+        "behind it differ in their last digits: raise checkpoint.keep_last, so that where others took over is kept"
+    )
     if found is not None:
         raise CheckpointError(
             f"step {found.step} does not come out as it was recorded: {found.what} {found.replayed!r} now, "
             f"{found.recorded!r} then",
             hint="the learning rate's settings have changed since"
             if found.what == "lr"
+            else other
+            if report.start_layout is not None
             else "the checkpoint before it, the data or the recipe have changed, or an operation here is not "
             "deterministic",
         )
@@ -72,7 +78,9 @@ def check(report: Report) -> None:
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     raise CheckpointError(
         f"the checkpoint of step {report.step} holds another state than step {report.step} gives: {shown}",
-        hint="the file was changed after it was written, or an operation here is not deterministic",
+        hint=other
+        if report.start_layout is not None
+        else "the file was changed after it was written, or an operation here is not deterministic",
     )
 
 
@@ -92,6 +100,8 @@ def _replay(recipe: Recipe, request: ReplayRequest, parallel: ParallelContext) -
     _check_step(target, folder, recipe)
     start = find_start(folder, target, recipe.checkpoint.resume)
     report = Report(target, start.manifest.step if start is not None else 0)
+    if start is not None and not is_layout(start.manifest.layout, parallel):
+        report.start_layout = describe_layout(start.manifest.layout)
     recorded = agree.on_rank_zero(lambda: read_records(folder))
     if verified is not None:
         recorded[target] = {**recorded.get(target, {}), **verified.manifest.metrics}

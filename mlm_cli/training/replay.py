@@ -50,6 +50,7 @@ class Report:
         difference: first step that differs; None: all the same, to the last bit.
         state_differs: parameters whose optimizer state differs from the checkpoint of ``step``; None: not compared.
         bad: what was wrong with a step that was passed over.
+        start_layout: of the ranks that wrote the checkpoint it starts from; None: those that take the steps again.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Report:
     difference: Difference | None = None
     state_differs: list[str] | None = None
     bad: dict[str, Any] | None = None
+    start_layout: str | None = None
 
     @property
     def same(self) -> bool:

@@ -21,7 +21,7 @@ from mlm_cli.checkpoint.manifest import MANIFEST, hash_file, read_manifest
 from mlm_cli.config.requests import ReplayRequest
 from mlm_cli.errors import CheckpointError, NumericsError, UsageError
 from mlm_cli.jobs import pretrain, replay
-from mlm_cli.training.replay import Report, first_difference
+from mlm_cli.training.replay import Difference, Report, first_difference
 
 OBJECTIVE = pretrain.objective
 
@@ -224,6 +224,28 @@ def test_a_state_shared_out_otherwise_is_refused(
         assert "was written with parallel.zero=1; only the same" in by_recipe
         assert "leave out `parallel.zero=3`" in by_recipe
         assert "was written with another parallel.zero or train.engine" in by_state
+
+
+def _half(rank: int, size: int, data: str, run: str) -> int:
+    few = {"train__steps": 8, "schedule__decay_steps": 12, "checkpoint__every": 4}
+    return pretrain.run(make_recipe(Path(data), Path(run), parallel={"tensor": 2}, **few))
+
+
+def test_a_run_that_changed_its_ranks(data: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    """Where others took over lies a checkpoint: the same bits. Where it does not, the error says why they differ."""
+    run = tmp_path / "run"
+    assert run_ranks(_half, 2, str(data), str(run)) == [0, 0]
+    assert pretrain.run(make_recipe(data, run, checkpoint__every=4, schedule__decay_steps=12)) == 0
+    report = again(data, run, schedule__decay_steps=12)
+    assert report.same and report.from_step == 8 and report.start_layout == "data 1 x pipeline 1 x tensor 2"
+    replay.check(report)
+    shutil.rmtree(run / "step-00000008")  # the steps from 4 to 8 are those of two ranks
+    report = again(data, run, schedule__decay_steps=12)
+    assert report.from_step == 4
+    report.difference = report.difference or Difference(5, "loss", 1.0, 1.1)  # where one rank happens to round alike
+    with pytest.raises(CheckpointError, match="does not come out as it was recorded") as caught:
+        replay.check(report)
+    assert "other ranks wrote the checkpoint of step 4 (data 1 x pipeline 1 x tensor 2)" in (caught.value.hint or "")
 
 
 def test_the_command(tiny_text: Path, tmp_path: Path) -> None:
