@@ -45,6 +45,7 @@ def _rank_main(
 _PRELOADED = ["torch", "torch._dynamo", "deepspeed", "mlm_cli.jobs.pretrain", "mlm_cli.jobs.finetune"]
 _LEFT_BEHIND = (
     "PYTEST_CURRENT_TEST", "LOCAL_RANK", "DS_ACCELERATOR", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TYPER_USE_RICH",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 )  # fmt: skip
 _environment: dict[str, str] = {}  # of the server that ranks are forked from
 
@@ -53,8 +54,8 @@ def _context() -> Any:
     """How processes are started: forked from one that has imported what takes seconds, or anew.
 
     What is imported may have looked at the environment, so a test that changes it gets new processes. What a run in
-    this very process leaves behind is set anew in each rank; what importing scikit-learn (settings of Intel's OpenMP)
-    and our command line leave behind is nothing to ranks.
+    this very process leaves behind is set anew in each rank; what scikit-learn (settings of Intel's OpenMP), torch's
+    compiler and our command line leave behind is nothing to ranks.
     """
     import torch.multiprocessing as mp
 
