@@ -87,6 +87,9 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     )  # fmt: skip
     import torch
 
+    from mlm_cli.training.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as every job of training does
     model = build_gpt(section, parallel, seed=1)
     kind = choose_engine("auto", zero=zero, parallel=parallel)
     engine = build_engine(
