@@ -38,7 +38,9 @@ class TaskSection(Section):
     header: bool | None = Field(default=None, description=".tsv/.csv: unset guesses from the column names asked for")
     labels: tuple[str, ...] | None = Field(default=None, description="unset: those in the train file, sorted")
     max_length: int | None = Field(default=None, ge=1, description="tokens a text; unset: the model's context")
-    max_target_length: int = Field(default=128, ge=1, description="texts written: tokens of one, its end included")
+    max_target_length: int = Field(
+        default=128, ge=1, le=65536, description="texts written: tokens of one, its end included"
+    )
     prefix: str = Field(default="", description="texts written: stands before each text (`summarize: `)")
     suffix: str | None = Field(
         default=None, description="texts written: stands behind each text; unset: nothing (t5), a line break (gpt)"

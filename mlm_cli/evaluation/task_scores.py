@@ -28,6 +28,7 @@ class TaskEvaluator:
         examples: what the features were made of.
         features: the units; data ranks share them.
         batch_size: units at once on one rank; changes no score beyond float rounding.
+        interrupt: called by all ranks before every round; may raise to leave the evaluation.
     """
 
     def __init__(
@@ -39,16 +40,20 @@ class TaskEvaluator:
         *,
         batch_size: int,
         seed: int = 1234,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
+        self.interrupt = interrupt
         self.task, self.examples, self.features, self.parallel = task, examples, features, parallel
         self.batch_size, self.seed = batch_size, seed
 
     def __call__(self, model: Any) -> dict[str, float]:
         was_training = model.training
         model.eval()
-        answers, loss = self.answers(model)
+        try:
+            answers, loss = self.answers(model)
+        finally:
+            model.train(was_training)
         scores = self.task.score(answers, self.examples, seed=self.seed)
-        model.train(was_training)
         return {**{f"dev_{name}": value for name, value in scores.metrics.items()}, "dev_loss": loss}
 
     @torch.no_grad()
@@ -71,9 +76,14 @@ class TaskEvaluator:
             if on_batch is not None:
                 on_batch(min(done, mine), mine)
 
-        for batch in evaluation_batches(
+        batches = evaluation_batches(
             self.features, batch_size=self.batch_size, data_rank=data.rank, data_size=data.size
-        ):
+        )
+        for _ in range(0, len(self.features), self.batch_size * data.size):  # as many rounds on every rank
+            self.interrupt()
+            batch = next(batches, None)
+            if batch is None:
+                continue
             here = {name: tensor.to(device) for name, tensor in batch.items()}
             outputs = model(here)
             loss, targets = task.loss(outputs, here)
@@ -83,7 +93,12 @@ class TaskEvaluator:
             count(len(batch["sample_ids"]))
         if isinstance(task, Writing):
             predicted = write_texts(
-                model.backbone, task, self.features, batch_size=self.batch_size, on_text=lambda: count(1)
+                model.backbone,
+                task,
+                self.features,
+                batch_size=self.batch_size,
+                on_text=lambda: count(1),
+                interrupt=self.interrupt,
             )
         else:
             predicted = gather_units(predicted, data)

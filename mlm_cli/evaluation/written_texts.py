@@ -20,6 +20,8 @@ from mlm_cli.parallel.context import Group
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.writing import Writing
 
+_ROUND = 4  # batches; a round ends with rows that have nothing to do
+
 
 def write_texts(
     model: Model,
@@ -28,6 +30,7 @@ def write_texts(
     *,
     batch_size: int,
     on_text: Callable[[], None] = lambda: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """What the model writes for each unit, by its number, equal on all ranks. All ranks call; data ranks share units.
 
@@ -35,14 +38,20 @@ def write_texts(
         model: in evaluation mode.
         batch_size: texts at once on one rank; changes none of them beyond float rounding.
         on_text: called when a text is done, on the first rank of each tensor group.
+        interrupt: called by all ranks before every few batches of texts; may raise to leave off.
     """
     tensor, data = model.parallel.tensor, model.parallel.data
     decoder = _decoder(model, task, batch_size)
+    settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=frozenset({task.end_id}))
+    generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
     written: dict[int, str] = {}
-    if tensor.rank == 0:
-        mine = range(data.rank, len(features), data.size)
-        settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=frozenset({task.end_id}))
-        generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
+    together = _ROUND * batch_size * data.size  # units that all ranks write between two looks at `interrupt`
+    for first in range(0, len(features), together):
+        interrupt()
+        mine = range(first + data.rank, min(first + together, len(features)), data.size)
+        if tensor.rank != 0:
+            decoder.follow()
+            continue
         prompts = (
             EncodedPrompt(Prompt(unit, "", unit, f"text {unit}"), features.rows[unit].ids.tolist()) for unit in mine
         )
@@ -50,8 +59,6 @@ def write_texts(
             for place, answer in generator.as_done(prompts):
                 written[mine[place]] = answer.text
                 on_text()
-    else:
-        decoder.follow()
     return gather_units(gather_units(written, tensor), data)
 
 

@@ -157,6 +157,7 @@ def _run(session: Session, data: TaskData, batch: Batch, parallel: ParallelConte
         parallel,
         batch_size=recipe.evaluate.micro_batch_size or batch.micro_batch_size,
         seed=recipe.seed,
+        interrupt=lambda: session.stop.interrupt(parallel),
     )
     # FLOP/s are not reported: they depend on the lengths of the texts.
     monitor = build_monitor(session, parallel, start.dtype, position, flops_per_token=None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from mlm_cli.checkpoint.hub import save_model_folder
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError, UsageError
+from mlm_cli.evaluation import task_scores
 from mlm_cli.jobs.finetune import run
 from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.tasks.batches import evaluation_batches
 
 GOOD, BAD = ("fine", "lovely", "great"), ("dull", "awful", "poor")
 
@@ -147,6 +151,26 @@ def test_a_resumed_run_remembers_its_best(toy: Path, tmp_path: Path) -> None:
     assert run(ruined) == 0
     assert (tmp_path / "run" / "best").read_text() == best
     assert {path.name for path in (tmp_path / "run").glob("step-*")} == {best.strip(), "step-00000070"}
+
+
+def test_sigterm_during_an_evaluation(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left after the batch, the step saved, and the run goes on to the end of one that was never stopped."""
+    assert run(make_recipe(toy, tmp_path / "straight")) == 0
+    given: list[int] = []
+
+    def batches(*args: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        for batch in evaluation_batches(*args, **options):
+            given.append(len(batch["lengths"]))
+            if len(given) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(task_scores, "evaluation_batches", batches)
+    assert run(make_recipe(toy, tmp_path / "run")) == 75
+    assert given == [4, 4, 4] and (tmp_path / "run/latest").read_text().strip() == "step-00000006"
+    assert run(make_recipe(toy, tmp_path / "run")) == 0
+    ends = [state_of(tmp_path / name / "step-00000012") for name in ("straight", "run")]
+    assert ends[0] == ends[1]
 
 
 def finetune_on_ranks(rank: int, world_size: int, values: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import shlex
+import signal
 import string
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mlm_cli.config.requests import EvaluateRequest, GenerateRequest
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import CheckpointError, UsageError
+from mlm_cli.evaluation import written_texts
 from mlm_cli.jobs import evaluate, generate
 from mlm_cli.jobs.finetune import run
 from mlm_cli.jobs.tokenizer import TrainRequest, train
@@ -87,6 +89,26 @@ def test_a_causal_model_learns_what_is_written(toy: Path, tmp_path: Path, capsys
 
     assert answer("cat") == answer("> cat\n", as_trained=False) == ("katze", len("> cat\n"))
     assert answer("cat", as_trained=False)[1] == len("cat")
+
+
+def test_sigterm_while_texts_are_written(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation is left, the step saved, and the run goes on to the end of one that was never stopped."""
+    assert run(make_recipe(toy, tmp_path / "straight")) == 0
+    made, asked = written_texts._decoder, []
+
+    def stopped(model: Any, *given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        asked.append(model.training)
+        return made(model, *given)
+
+    monkeypatch.setattr(written_texts, "_decoder", stopped)
+    assert run(make_recipe(toy, tmp_path / "run")) == 75 and asked == [False]
+    assert records(tmp_path / "run")[-1]["step"] == 4 and "dev_f1" not in records(tmp_path / "run")[-1]
+    assert (tmp_path / "run/latest").read_text().strip() == "step-00000004"
+    monkeypatch.setattr(written_texts, "_decoder", made)
+    assert run(make_recipe(toy, tmp_path / "run")) == 0
+    ends = [state_of(tmp_path / name / "step-00000008") for name in ("straight", "run")]
+    assert ends[0] == ends[1]
 
 
 def tune_on_ranks(rank: int, world_size: int, values: dict[str, Any]) -> int:

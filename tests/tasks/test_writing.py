@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlm_cli.checkpoint.hub import load_model_folder, save_model_folder
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError, UsageError
+from mlm_cli.evaluation import written_texts
 from mlm_cli.evaluation.written_texts import write_texts
 from mlm_cli.jobs.tokenizer import TrainRequest, train
 from mlm_cli.models.heads import TaskModel
@@ -295,7 +297,14 @@ def written_on_ranks(rank: int, world_size: int, folder: str, tensor: int) -> di
         task = make("translation", layout, load_tokenizer(place))
         backbone, _ = load_model_folder(place, parallel)
         features = task.features(EXAMPLES)
-        found[layout] = write_texts(backbone.eval(), task, features, batch_size=2)
+        rounds: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(written_texts, "_ROUND", 1)
+            found[layout] = write_texts(
+                backbone.eval(), task, features, batch_size=1, interrupt=partial(rounds.append, 1)
+            )
+        # equal on all ranks, also on one that has nothing left to write
+        assert len(rounds) == (3 if tensor == 2 else 2)
     return found
 
 
