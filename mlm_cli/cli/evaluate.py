@@ -125,7 +125,8 @@ def _request(
     for word in () if ensemble else words[1:]:
         if not Path(word).exists() and not list(Path(word).parent.glob(f"{Path(word).name}*.idx")):
             raise UsageError(
-                f"`{word}` is neither KEY=VALUE nor a file", hint="several tasks are given as `--task A --task B`"
+                f"`{word}` is neither KEY=VALUE nor a file",
+                hint="what files begin with is given as `--data NAME`, several tasks as `--task A --task B`",
             )
     if not recipe.evaluate.tasks:
         raise UsageError("no task given", hint="add `--task perplexity` or `--task classification`")

@@ -45,6 +45,9 @@ class TaskSection(Section):
     suffix: str | None = Field(
         default=None, description="texts written: stands behind each text; unset: nothing (t5), a line break (gpt)"
     )
+    rouge_tokenize: Literal["ascii", "unicode"] = Field(
+        default="ascii", description="summarization: ascii is rouge-score's own; unicode for words beyond a to z"
+    )
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
         default="13a", description="translation: sacrebleu's way to cut words; zh for Chinese"
     )

@@ -49,7 +49,9 @@ TASK_KINDS = {
         "a file of pairs and scores",
     ),
     "translation": TaskKind(("bleu", "chrf"), _WRITTEN | {"bleu_tokenize"}, "a file of texts and their translations"),
-    "summarization": TaskKind(("rouge2", "rouge1", "rougeL", "rougeLsum"), _WRITTEN, "a file of texts and summaries"),
+    "summarization": TaskKind(
+        ("rouge2", "rouge1", "rougeL", "rougeLsum"), _WRITTEN | {"rouge_tokenize"}, "a file of texts and summaries"
+    ),
     "text_generation": TaskKind(("f1", "exact_match"), _WRITTEN, "a file of texts and what is to be answered"),
 }
 # Kinds whose answers are texts that the model writes, with the output layer that it was pretrained with.

@@ -42,7 +42,7 @@ def write_texts(
     """
     tensor, data = model.parallel.tensor, model.parallel.data
     decoder = _decoder(model, task, batch_size)
-    settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=frozenset({task.end_id}))
+    settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=task.end_ids)
     generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
     written: dict[int, str] = {}
     together = _ROUND * batch_size * data.size  # units that all ranks write between two looks at `interrupt`

@@ -30,7 +30,7 @@ from mlm_cli.jobs.progress import ByteProgress
 from mlm_cli.models.count import count_parameters, layer_counts
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.registry import task_of
-from mlm_cli.tasks.task_folder import load_task_model, save_task_model
+from mlm_cli.tasks.task_folder import load_task_model, prompt_affixes, save_task_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -190,6 +190,11 @@ def _write(
     one = ParallelContext.single()
     if source.tokenizer is None:
         log.warn(f"no tokenizer beside {request.source}: none is written (name one with --tokenizer)")
+    if request.to == "megatron" and source.megatron is None and any(affixes := prompt_affixes(source.folder)):
+        log.warn(
+            f"files of Megatron-LM have no place for the prefix {affixes[0]!r} and the suffix {affixes[1]!r} that the "
+            "model learned its task with: give them with each prompt"
+        )
     meta = {"name": Path(request.target).name, "converted from": request.source, "steps": source.step}
     inner = building / _WHERE_WEIGHTS_ARE.get(request.to, ".")
     if source.is_task:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlm_cli.checkpoint import agree
+from mlm_cli.checkpoint.text_ends import end_ids
 from mlm_cli.config.mistakes import as_error
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.config.resolve import resolve_recipe
@@ -30,6 +31,7 @@ from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.registry import TASKS
 from mlm_cli.tasks.task import Task
 from mlm_cli.tasks.task_folder import TaskFacts, check_decoder_start, load_task_model, read_facts
+from mlm_cli.tasks.writing import Writing
 
 _COLUMNS = {"text_column", "label_column", "text_pair_column", "choice_columns"}
 
@@ -131,8 +133,16 @@ def _ask(
     kind = TASKS[section.name]
     tokenizer = agree.all_succeed(partial(tokenizer_of, request, folder, facts.section))
     check_decoder_start(folder, tokenizer)
-    length = min(context_length(request, facts.section), facts.max_length)
+    context, given = context_length(request, facts.section), dict(request.task_keys).get("max_length")
+    if given is not None and section.max_length is not None and section.max_length > context:
+        raise UsageError(
+            f"task.max_length {section.max_length} is beyond the context of {context} tokens of {folder}",
+            hint=f"use task.max_length={context} or less",
+        )
+    length = min(context, facts.max_length if given is None or section.max_length is None else section.max_length)
     task = agree.all_succeed(lambda: kind(section, TextEncoder(tokenizer, facts.section, length), facts.labels))
+    if isinstance(task, Writing):
+        task.end_ids = end_ids(folder, tokenizer)
     features = agree.all_succeed(lambda: task.features(examples))
     model = agree.all_succeed(lambda: load_task_model(folder, parallel, task.head, dtype=dtype_of(request)))
     model.eval().requires_grad_(False)

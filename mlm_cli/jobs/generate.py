@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
 from mlm_cli.checkpoint.manifest import check_weights
-from mlm_cli.checkpoint.weight_files import read_json
+from mlm_cli.checkpoint.text_ends import end_ids, start_id
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from mlm_cli.errors import CheckpointError, UsageError
+from mlm_cli.errors import UsageError
 from mlm_cli.generation import prompts as prompt_sources
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.dialogue import Dialogue
@@ -99,7 +99,7 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         _check_family(section, request)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
-        settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, _end_ids(folder, tokenizer))
+        settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, end_ids(folder, tokenizer))
         affixes = prompt_affixes(folder) if request.as_trained and not request.interactive else ("", "")
         encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
@@ -157,7 +157,7 @@ def _decoder(request: GenerateRequest, folder: Path, model: Model) -> Decoder:
     """What runs the model, equal on all ranks."""
     rows = 1 if request.interactive else request.batch_size
     if isinstance(model, T5):
-        start = _start_id(folder, model.config)
+        start = start_id(folder, model.config)
         return EncoderDecoder(model, rows, max_length=request.max_new_tokens + 1, start_id=start)
     assert isinstance(model, GPT)
     return Decoder(model, rows)
@@ -172,31 +172,6 @@ def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> 
         dtype = _STORED.get(str(stored), torch.float32)
     model, _ = load_model_folder(folder, parallel, dtype=dtype)
     return model.eval().requires_grad_(False)
-
-
-def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, and those that the model's own settings name."""
-    found = set() if tokenizer.eod_id is None else {tokenizer.eod_id}
-    named = _generation_settings(folder).get("eos_token_id")
-    found.update(number for number in (named if isinstance(named, list) else [named]) if type(number) is int)
-    return frozenset(found)
-
-
-def _start_id(folder: Path, section: ModelSection) -> int:
-    """What a decoder begins with: as the model's settings say, and where they do not, T5's padding token."""
-    _, config = read_model_config(folder)
-    key = "decoder_start_token_id"
-    said = _generation_settings(folder).get(key)
-    start = said if type(said) is int else config.get(key, int, config.get("pad_token_id", int, 0))
-    if not 0 <= start < (section.vocab_size or 0):
-        raise CheckpointError(f"{config.where}: `{key}` is {start}, the model has {section.vocab_size} tokens")
-    return int(start)
-
-
-def _generation_settings(folder: Path) -> dict[str, Any]:
-    """``generation_config.json``; of older models, which have none, ``config.json``, as transformers does."""
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else read_model_config(folder)[1].values
 
 
 def _prompts(request: GenerateRequest, encoder: PromptEncoder) -> Iterable[EncodedPrompt]:

@@ -18,6 +18,7 @@ from mlm_cli.data.compressed import PACKED, open_unpacked
 from mlm_cli.errors import DataError
 
 Column = str | int
+TABLES = (".tsv", ".csv", ".jsonl")
 
 
 # Values of a row by the column they were asked for under; a list of texts only where one may be.
@@ -87,7 +88,7 @@ def read_examples(path: str | Path, columns: Columns) -> list[Example]:
     """
     path = Path(path)
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
-    if suffix not in (".tsv", ".csv", ".jsonl"):
+    if suffix not in TABLES:
         raise DataError(f"{path}: labelled text is read from .tsv, .csv or .jsonl files (also .gz or .zst)")
     with opened_text(path) as file:
         rows = _json_rows(path, file, columns) if suffix == ".jsonl" else _table_rows(path, suffix, file, columns)
@@ -197,12 +198,18 @@ def _json_rows(path: Path, file: io.TextIOWrapper, columns: Columns) -> Iterator
             if column in columns.lists and (isinstance(value, list) or not columns.written):
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise DataError(f"{where}: `{column}` is {json.dumps(value)[:40]}, not a list of texts")
-                values[column] = value
+                values[column] = [_sound(item, column, where) for item in value]
                 continue
             if not isinstance(value, str | int | float):
                 raise DataError(f"{where}: `{column}` is {json.dumps(value)[:40]}, not a text or a number")
-            values[column] = value if isinstance(value, str) else json.dumps(value)
+            values[column] = _sound(value, column, where) if isinstance(value, str) else json.dumps(value)
         yield _example(values, columns, where)
+
+
+def _sound(text: str, column: Column, where: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can spell half of a character
+        raise DataError(f"{where}: `{column}` holds half of a surrogate pair, which is no text")
+    return text
 
 
 def _example(values: Values, columns: Columns, where: str) -> Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
 
@@ -44,18 +43,17 @@ def read_parallel(source: Path, target: Path) -> list[Example]:
         DataError: a file that does not open, files with different numbers of lines, no pairs.
     """
     pairs, blank = [], 0
-    with opened_text(source) as first, opened_text(target) as second:
-        for number, (text, label) in enumerate(zip_longest(_lines(first), _lines(second)), 1):
-            if text is None or label is None:
-                short, long = (source, target) if text is None else (target, source)
-                raise DataError(
-                    f"{short} ends after line {number - 1}, {long} does not",
-                    hint="line n of one file is the translation of line n of the other",
-                )
-            if text and label:
-                pairs.append(Example(text, None, label, f"{source}:{number}"))
-            else:
-                blank += 1
+    for number, (text, label) in enumerate(zip_longest(_lines(source), _lines(target)), 1):
+        if text is None or label is None:
+            short, long = (source, target) if text is None else (target, source)
+            raise DataError(
+                f"{short} ends after line {number - 1}, {long} does not",
+                hint="line n of one file is the translation of line n of the other",
+            )
+        if text and label:
+            pairs.append(Example(text, None, label, f"{source}:{number}"))
+        else:
+            blank += 1
     if blank:
         log.warn(f"{source}: {blank:,} lines are left out, which are blank there or in {target.name}")
     if not pairs:
@@ -63,6 +61,8 @@ def read_parallel(source: Path, target: Path) -> list[Example]:
     return pairs
 
 
-def _lines(file: TextIOWrapper) -> Iterator[str]:
-    file.reconfigure(newline="\n")  # a stray carriage return within a sentence would put all that follows out of step
-    return (line.strip() for line in file)
+def _lines(path: Path) -> Iterator[str]:
+    with opened_text(path) as file:  # each by itself: errors name the file that they are in
+        file.reconfigure(newline="\n")  # a stray carriage return in a sentence would put all that follows out of step
+        for line in file:
+            yield line.strip()

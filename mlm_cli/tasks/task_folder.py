@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mlm_cli import log
@@ -22,10 +23,11 @@ from mlm_cli.checkpoint.hub import (
     trained_task,
 )
 from mlm_cli.checkpoint.hub_read import LAYOUTS, find, head_tensors, key_map_of
-from mlm_cli.checkpoint.key_map import KeyMap
+from mlm_cli.checkpoint.key_map import ConfigReader, KeyMap
 from mlm_cli.checkpoint.manifest import FileRecord
 from mlm_cli.checkpoint.megatron_folder import is_megatron_folder
-from mlm_cli.config.schema import ModelSection
+from mlm_cli.checkpoint.text_ends import start_id
+from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.config.shapes import hub_layout
 from mlm_cli.config.tasks import WRITTEN_KINDS
 from mlm_cli.data.tokenizer import Tokenizer
@@ -34,7 +36,7 @@ from mlm_cli.models.heads import HeadSpec, TaskModel
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.encoding import pad_id_of
 from mlm_cli.tasks.task import Task
-from mlm_cli.tasks.writing import affixes_of
+from mlm_cli.tasks.writing import Writing, affixes_of
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
         CheckpointError: the model in ``folder`` is not one of this kind of task.
     """
     section, config = read_model_config(folder)
-    own = config.get(TASK, dict, {})
+    own = _entry(config, kind)
     if kind.writes:
-        return _facts_of_writing(folder, kind, section, task_class(config), own)
+        return _facts_of_writing(folder, kind, section, config, own)
     wanted, found = kind.architecture(section), task_class(config) or "Model"
     named = config.get("architectures", list, [])
     what = named[0] if named else "model without architecture"
@@ -181,15 +183,31 @@ def prompt_affixes(folder: Path) -> tuple[str, str]:
     section, config = read_model_config(folder)
     if trained_task(config) not in WRITTEN_KINDS:
         return "", ""
-    return affixes_of(config.get(TASK, dict, {}), section.family)
+    return affixes_of(_entry(config, Writing), section.family)
+
+
+def _entry(config: ConfigReader, kind: type[Task]) -> dict[str, Any]:
+    """What ``config.json`` says of the task that we fine-tuned the model to; settings as ``kind`` has them.
+
+    Raises:
+        CheckpointError: a value that is none, naming file and key.
+    """
+    own = config.get(TASK, dict, {})
+    known = {key: own[key] for key in ("max_length", *kind.kept) if key in own}
+    try:
+        checked = TaskSection.model_validate({"train": "", "dev": "", **known}, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{config.where}: `{TASK}.{key}` is {first['input']!r}: {first['msg']}") from None
+    return {**own, **{key: getattr(checked, key) for key in known}}
 
 
 def check_decoder_start(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise CheckpointError where a T5 begins its texts with another token than its padding, as tasks have it."""
     section, config = read_model_config(folder)
     padding = pad_id_of(tokenizer)
-    start = config.get("decoder_start_token_id", int, padding)
-    if section.family == "t5" and start != padding:
+    if section.family == "t5" and (start := start_id(folder, section)) != padding:
         raise CheckpointError(
             f"{config.where}: `decoder_start_token_id` is {start}, the tokenizer's padding {padding}",
             hint="tasks are learned by a T5 whose texts begin with its padding token",
@@ -197,16 +215,17 @@ def check_decoder_start(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _facts_of_writing(
-    folder: Path, kind: type[Task], section: ModelSection, head: str | None, own: Mapping[str, Any]
+    folder: Path, kind: type[Task], section: ModelSection, config: ConfigReader, own: Mapping[str, Any]
 ) -> TaskFacts:
     """Any model that writes will do; settings are those of this kind, should it have been trained for it."""
     kind.check_family(section)
-    if head is not None:
+    trained = trained_task(config)
+    if task_class(config) is not None or trained not in (None, *WRITTEN_KINDS):
         raise CheckpointError(
-            f"{folder} holds a model that ends in ...{head}, which writes no texts",
+            f"{folder} holds a model for {(trained or 'classification').replace('_', ' ')}, which writes no texts",
             hint=f"train one with `mlm finetune` and task.name={kind.name}, and name its run folder",
         )
-    mine = own.get("name") == kind.name
+    mine = trained == kind.name
     settings = {key: own[key] for key in kind.kept if key in own} if mine else {}
     return TaskFacts((), int((own.get("max_length") if mine else None) or section.seq_length), settings, section)
 

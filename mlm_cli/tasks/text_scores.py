@@ -6,6 +6,8 @@ package of Google Research; both are in the extra ``eval``.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,8 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from mlm_cli import log
 from mlm_cli.errors import UsageError
 from mlm_cli.tasks.squad import answer_f1, normalize_answer
+
+_IDEOGRAPHS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # written without spaces
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,54 @@ def bleu_and_chrf(tokenize: str) -> Scorer:
     return score
 
 
-def rouge() -> Scorer:
+def rouge(tokenize: str) -> Scorer:
     """F-measures of single words, pairs of them and longest common subsequences, with Porter's stemmer; means, 0 to 1.
 
     Of several references the one with the best F-measure counts. ``rougeLsum`` takes each line as a sentence.
+
+    Args:
+        tokenize: ``ascii`` is rouge-score's own way, which knows no letters but a to z (and warns of others here);
+            ``unicode`` takes letters, marks and digits of any script, Chinese and Japanese characters one by one.
 
     Raises:
         UsageError: rouge-score is missing.
     """
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = _package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(kinds, use_stemmer=True)
+    package = _package("rouge_score.rouge_scorer", "rouge-score")
+    words = _Words(import_module("nltk.stem.porter").PorterStemmer()) if tokenize == "unicode" else None
+    scorer = package.RougeScorer(kinds, use_stemmer=True, tokenizer=words)
+    warned = False
 
     def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextScores:
+        nonlocal warned
+        letters = "".join(filter(str.isalpha, "".join(text for gold in references for text in gold)))
+        foreign = sum(not letter.isascii() for letter in letters)
+        if words is None and foreign > 0.01 * len(letters) and not warned:
+            warned = True
+            log.warn(
+                f"rouge-score knows no letters but a to z: it passes over {foreign / len(letters):.0%} of those in the "
+                "references; task.rouge_tokenize=unicode takes them all"
+            )
         each = [scorer.score_multi(gold, text) for text, gold in zip(texts, references, strict=True)]
         return _means({kind: [found[kind].fmeasure for found in each] for kind in kinds}, {"stemmer": "porter"})
 
     return score
+
+
+class _Words:
+    """A tokenizer for rouge-score: words of any script, stemmed as it stems them (those of four letters and more)."""
+
+    def __init__(self, stemmer: Any) -> None:
+        self._stemmer = stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        spaced = (
+            f" {character} " if _IDEOGRAPHS.match(character)
+            else character if unicodedata.category(character)[0] in "LMN"
+            else " "
+            for character in unicodedata.normalize("NFKC", text).lower()
+        )  # fmt: skip
+        return [self._stemmer.stem(word) if len(word) > 3 else word for word in "".join(spaced).split()]
 
 
 def answer_scores() -> Scorer:

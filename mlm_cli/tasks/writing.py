@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from mlm_cli import log
 from mlm_cli.config.schema import ModelSection, TaskSection
 from mlm_cli.data.special_tokens import begin_ids
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.models.heads import HeadSpec
 from mlm_cli.tasks.encoding import Row, TextEncoder
 from mlm_cli.tasks.features import Features
-from mlm_cli.tasks.labelled_text import Example, columns_of, read_examples
+from mlm_cli.tasks.labelled_text import TABLES, Example, columns_of, read_examples
 from mlm_cli.tasks.parallel_text import find_parallel, read_parallel
 from mlm_cli.tasks.task import Batch, Scores, Task
 from mlm_cli.tasks.text_scores import Scorer, answer_scores, bleu_and_chrf, rouge
@@ -30,11 +31,12 @@ class Writing(Task):
 
     Attributes:
         start_id: what a T5's decoder begins with (its padding token); None for causal models.
-        end_id: ends every text that is written.
+        end_id: ends every text that is learned.
+        end_ids: each of them ends a text that is written.
         one_line: texts are scored without their line breaks.
 
     Raises:
-        UsageError: no room for a text beside its answer.
+        UsageError: no room for a text beside its answer; a suffix that the tokenizer drops.
         DataError: a tokenizer without a token that ends a text, or, for a T5, without one that pads.
     """
 
@@ -50,16 +52,23 @@ class Writing(Task):
         if self.two_stacks and tokenizer.pad_id is None:
             raise DataError(f"tokenizer `{tokenizer.spec}` has no padding token, which a T5's texts begin with")
         self.end_id, self.start_id = tokenizer.eod_id, encoder.pad_id if self.two_stacks else None
+        self.end_ids = frozenset({self.end_id})
         self.affixes = affixes_of({"prefix": section.prefix, "suffix": section.suffix}, encoder.family)
-        self._begin = [] if self.two_stacks else begin_ids(tokenizer)
+        suffix = self.affixes[1]
+        if not self.two_stacks and suffix and tokenizer.encode(f"a{suffix}") == tokenizer.encode("a"):
+            raise UsageError(
+                f"tokenizer `{tokenizer.spec}` drops the suffix {suffix!r}: nothing would say where a text ends",
+                hint="use task.suffix=' =>' or the like",
+            )
+        self._begin = begin_ids(tokenizer)
         self._end = [self.end_id] if self.two_stacks else []
         self._room = encoder.max_length - (0 if self.two_stacks else section.max_target_length)
         if self._room <= self._length("") + 1:
             raise UsageError(
                 f"{encoder.max_length} tokens leave no room for a text"
                 + ("" if self.two_stacks else f" beside task.max_target_length {section.max_target_length}"),
-                hint="raise task.max_length"
-                + ("" if self.two_stacks else ", which holds the answer too, or lower task.max_target_length"),
+                hint="raise task.max_length, as far as the model's context goes"
+                + ("" if self.two_stacks else ", or lower task.max_target_length"),
             )
         self.scorer: Scorer = self.make_scorer(section)
 
@@ -84,7 +93,18 @@ class Writing(Task):
     def read(path: str, section: TaskSection) -> list[Example]:
         """Examples of a file, or of two with aligned lines, whose names begin with ``path`` (`train` of `train.en`)."""
         aligned = find_parallel(path, section.text_column, section.label_column)
-        return read_parallel(*aligned) if aligned is not None else read_examples(path, columns_of(section))
+        if aligned is not None:
+            return read_parallel(*aligned)
+        try:
+            return read_examples(path, columns_of(section))
+        except DataError as error:
+            if error.hint is None and not str(path).endswith(TABLES):
+                names = " and ".join(f"{path}.{column}" for column in (section.text_column, section.label_column))
+                raise DataError(
+                    error.message,
+                    hint=f"aligned lines are named by what their two files begin with; {names} are not there",
+                ) from None
+            raise
 
     def features(self, examples: Sequence[Example], *, training: bool = False) -> Features:
         """A unit an example: its text as a row, its (first) answer behind it. Too long ones lose their ends."""
@@ -92,6 +112,11 @@ class Writing(Task):
         texts = self.encoder.tokenizer.encode_batch([f"{prefix}{example.text}{suffix}" for example in examples])
         answers = self.encoder.tokenizer.encode_batch([example.label for example in examples])
         most = self.section.max_target_length - 1
+        if cut := sum(len(ids) > most for ids in answers):
+            log.warn(
+                f"{cut:,} of {len(answers):,} texts to be written are longer than task.max_target_length "
+                f"{most + 1} tokens and lose their ends"
+            )
         return Features(
             tuple(self._row(ids, example.text) for ids, example in zip(texts, examples, strict=True)),
             self.encoder.pad_id,
@@ -109,7 +134,8 @@ class Writing(Task):
             while keep > 0 and self._length(text[: ends[keep - 1]]) > self._room:
                 keep -= 1
             ids = self._encode(text[: ends[keep - 1]] if keep > 0 else "")
-        whole = np.array([*self._begin, *ids, *self._end], dtype=np.int64)
+        # Nothing at all is the beginning of a document, as `mlm generate` has it.
+        whole = np.array([*self._begin, *ids, *self._end] or [self.end_id], dtype=np.int64)
         return Row(whole, np.zeros(len(whole), np.int64), len(self._begin), len(ids))
 
     def _encode(self, text: str) -> list[int]:
@@ -117,7 +143,7 @@ class Writing(Task):
         return self.encoder.tokenizer.encode(f"{prefix}{text}{suffix}")
 
     def _length(self, text: str) -> int:
-        return len(self._begin) + len(self._encode(text)) + len(self._end)
+        return max(1, len(self._begin) + len(self._encode(text)) + len(self._end))
 
     @property
     def head(self) -> HeadSpec:
@@ -162,7 +188,7 @@ class Summarization(Writing):
 
     @staticmethod
     def make_scorer(section: TaskSection) -> Scorer:
-        return rouge()
+        return rouge(section.rouge_tokenize)
 
 
 class TextGeneration(Writing):

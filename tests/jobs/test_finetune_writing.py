@@ -274,3 +274,19 @@ def test_mistakes_are_found_before_the_first_step(toy: Path, tmp_path: Path) -> 
                 task_keys=(("text_column", "en"), ("label_column", "de")),
             )
         )  # fmt: skip
+
+
+def test_an_untrained_model_is_scored_with_the_settings_given(toy: Path, tmp_path: Path) -> None:
+    def scored(**keys: Any) -> dict[str, Any]:
+        given = {"text_column": "en", "label_column": "de", "max_target_length": 8, **keys}
+        request = EvaluateRequest(
+            str(toy / "gpt2"), ("text_generation",), data=(str(toy / "dev"),), limit=4, output=str(tmp_path),
+            task_keys=tuple(given.items()),
+        )  # fmt: skip
+        assert evaluate.run(request) == 0
+        return json.loads((tmp_path / "results.json").read_text())["configs"]["text_generation"]
+
+    assert scored()["max_length"] == 48 and scored(max_length=24)["max_length"] == 24
+    assert scored(prefix="> ")["prefix"] == "> "
+    with pytest.raises(UsageError, match=r"task\.max_length 99 is beyond the context of 48 tokens"):
+        scored(max_length=99)

@@ -19,16 +19,20 @@ from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import CheckpointError, DataError, UsageError
 from mlm_cli.evaluation import written_texts
 from mlm_cli.evaluation.written_texts import write_texts
+from mlm_cli.generation.encoding import PromptEncoder
+from mlm_cli.generation.prompts import Prompt
 from mlm_cli.jobs.tokenizer import TrainRequest, train
 from mlm_cli.models.heads import TaskModel
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.tasks import text_scores
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.features import collate
 from mlm_cli.tasks.labelled_text import Example
 from mlm_cli.tasks.registry import TASKS
 from mlm_cli.tasks.task_folder import load_task_model, prompt_affixes, read_facts, save_task_model, start_task_model
 from mlm_cli.tasks.writing import Writing
+from tests.tasks.task_models import wordpiece
 
 _SIZE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 48}
 _T5 = {"family": "t5", "position": "relative", "norm": "rmsnorm", "bias": False, "activation": "geglu", "head_dim": 8}
@@ -169,8 +173,12 @@ def test_the_template_begins_a_causal_text(tmp_path: Path, tokenizer: Tokenizer)
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "</s>"}))
-    task = make("translation", "gpt2", load_tokenizer(tmp_path))
-    assert task.features(EXAMPLES[:1]).rows[0].ids.tolist() == [tokenizer.eod_id, *tokenizer.encode("one two\n")]
+    for layout, end in (("gpt2", tokenizer.encode("one two\n")), ("t5", [*tokenizer.encode("one two"), 1])):
+        task = make("translation", layout, load_tokenizer(tmp_path))
+        ids = task.features(EXAMPLES[:1]).rows[0].ids.tolist()
+        assert ids == [tokenizer.eod_id, *end]
+        encoder = PromptEncoder(load_tokenizer(tmp_path), 48, ends=layout == "t5", affixes=task.affixes)
+        assert ids == encoder.encode(Prompt(0, "one two", 0, "")).tokens
 
 
 def test_no_room_and_no_end_are_told(tokenizer: Tokenizer) -> None:
@@ -183,6 +191,48 @@ def test_no_room_and_no_end_are_told(tokenizer: Tokenizer) -> None:
         make("translation", "t5", load_tokenizer("bytes"))
     with pytest.raises(UsageError, match="a model of the bert family fills gaps"):
         TASKS["translation"].check_family(ModelSection(family="bert"))
+
+
+def test_a_suffix_that_the_tokenizer_drops(tmp_path: Path) -> None:
+    words = wordpiece(tmp_path)
+    with pytest.raises(UsageError, match=r"drops the suffix '\\n': nothing would say where a text ends"):
+        make("translation", "gpt2", words)
+    task = make("translation", "gpt2", words, suffix="")
+    features = task.features([Example(" ", None, "good film", "f:1")])
+    assert features.rows[0].ids.tolist() == [words.eod_id]  # nothing at all: the beginning of a document
+    assert collate(features, [0])["loss_mask"].tolist() == [[1, 1, 1]]
+    words.eod_id = None
+    with pytest.raises(DataError, match="no token that ends a text"):
+        make("translation", "gpt2", words, suffix="")
+
+
+def test_what_is_cut_is_said(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    make("translation", "t5", tokenizer, max_target_length=2).features(EXAMPLES)
+    assert "3 of 3 texts to be written are longer than task.max_target_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_length", "abc"), ("max_length", -3), ("max_target_length", "8"), ("prefix", 5), ("suffix", {"a": 1})],
+)
+def test_a_malformed_entry_is_named(key: str, value: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = make("translation", "t5", tokenizer)
+    save_task_model(make_model(task, "t5"), task, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["mlm_task"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for read_it in (lambda: read_facts(tmp_path, TASKS["translation"]), lambda: prompt_affixes(tmp_path)):
+        with pytest.raises(CheckpointError, match=rf"config\.json: `mlm_task\.{key}` is "):
+            read_it()
+
+
+def test_a_model_without_words_writes_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = make("translation", "gpt2", tokenizer)
+    save_task_model(make_model(task, "gpt2"), task, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mlm_task": {"name": "embedding"}}))
+    with pytest.raises(CheckpointError, match="a model for embedding, which writes no texts"):
+        read_facts(tmp_path, TASKS["translation"])
 
 
 def read(path: Path, **keys: Any) -> list[Example]:
@@ -205,6 +255,13 @@ def test_aligned_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         read(tmp_path / "train", text_column="en", label_column="de")
     with pytest.raises(DataError, match=r"labelled text is read from"):
         read(tmp_path / "absent", text_column="en", label_column="de")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "train.en", text_column="en", label_column="fr")
+    assert "aligned lines are named by what their two files begin with" in (caught.value.hint or "")
+    (tmp_path / "latin.en").write_bytes(b"caf\xe9\n")
+    (tmp_path / "latin.fr").write_text("x\n")
+    with pytest.raises(DataError, match=r"latin\.en is not UTF-8"):
+        read(tmp_path / "latin", text_column="en", label_column="fr")
     (tmp_path / "blank.en").write_text("\n\n")
     (tmp_path / "blank.fr").write_text("\n\n")
     with pytest.raises(DataError, match="hold no pairs of lines"):
@@ -223,6 +280,9 @@ def test_lists_are_sentences_and_references(tmp_path: Path) -> None:
             read(path)
     path.write_text('{"text": [1], "label": "x"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:1: `text` is \[1\], not a list of texts"):
+        read(path)
+    path.write_text('{"text": "a\\ud800b", "label": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: `text` holds half of a surrogate pair"):
         read(path)
     # a classifier's label is no list
     path.write_text('{"text": "a", "label": ["x"]}\n')
@@ -273,6 +333,18 @@ def test_rouge_by_its_definition(tokenizer: Tokenizer) -> None:
     found = scores("summarization", ["police killed the gunman"], [("the gunman killed police",)], tokenizer)
     assert found.metrics["rouge1"] == 1.0 and found.metrics["rougeL"] == pytest.approx(0.5)
     assert found.metrics["rouge2"] == pytest.approx(1 / 3)  # the gunman, of three pairs each
+
+
+def test_rouge_of_other_scripts(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, golds = ["мир и свет", "你好 世界", "Größe Häuser"], [("мир и свет",), ("你好世界",), ("Gräße Höuser",)]
+    found = scores("summarization", texts, golds, tokenizer, rouge_tokenize="unicode")
+    assert found.metrics["rouge1"] == pytest.approx(2 / 3) and not capsys.readouterr().err
+    scores("summarization", texts, golds, tokenizer)
+    assert "knows no letters but a to z" in capsys.readouterr().err
+    # where all letters are, both ways are one
+    plain = "The police, killing_2 gunmen; don't re-enter houses!"
+    theirs = pytest.importorskip("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=True).tokenize(plain)
+    assert text_scores._Words(pytest.importorskip("nltk.stem.porter").PorterStemmer()).tokenize(plain) == theirs
 
 
 def test_words_in_common(tokenizer: Tokenizer) -> None:
