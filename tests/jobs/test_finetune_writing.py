@@ -263,8 +263,8 @@ def test_mistakes_are_found_before_the_first_step(toy: Path, tmp_path: Path) -> 
     (tmp_path / "odd").mkdir()
     for path in (toy / "t5").iterdir():
         (tmp_path / "odd" / path.name).write_bytes(path.read_bytes())
-    config = json.loads((toy / "t5/config.json").read_text())
-    (tmp_path / "odd/config.json").write_text(json.dumps({**config, "decoder_start_token_id": 7}))
+    settings = json.loads((toy / "t5/generation_config.json").read_text())  # which count before those of config.json
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps({**settings, "decoder_start_token_id": 7}))
     with pytest.raises(CheckpointError, match="`decoder_start_token_id` is 7, the tokenizer's padding"):
         run(make_recipe(tmp_path, tmp_path / "run", "odd", task__train=str(toy / "train"), task__dev=str(toy / "dev")))
     with pytest.raises(UsageError, match="texts that several models write have no mean"):
