@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,7 +99,7 @@ class Writing(Task):
         try:
             return read_examples(path, columns_of(section))
         except DataError as error:
-            if error.hint is None and not str(path).endswith(TABLES):
+            if error.hint is None and not {*Path(path).suffixes} & {*TABLES}:
                 names = " and ".join(f"{path}.{column}" for column in (section.text_column, section.label_column))
                 raise DataError(
                     error.message,
@@ -134,8 +135,10 @@ class Writing(Task):
             while keep > 0 and self._length(text[: ends[keep - 1]]) > self._room:
                 keep -= 1
             ids = self._encode(text[: ends[keep - 1]] if keep > 0 else "")
+        tokenizer = self.encoder.tokenizer
         # Nothing at all is the beginning of a document, as `mlm generate` has it.
-        whole = np.array([*self._begin, *ids, *self._end] or [self.end_id], dtype=np.int64)
+        nothing = self.end_id if tokenizer.bos_id is None else tokenizer.bos_id
+        whole = np.array([*self._begin, *ids, *self._end] or [nothing], dtype=np.int64)
         return Row(whole, np.zeros(len(whole), np.int64), len(self._begin), len(ids))
 
     def _encode(self, text: str) -> list[int]:

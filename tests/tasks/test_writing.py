@@ -258,6 +258,10 @@ def test_aligned_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(DataError) as caught:
         read(tmp_path / "train.en", text_column="en", label_column="fr")
     assert "aligned lines are named by what their two files begin with" in (caught.value.hint or "")
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(DataError, match="holds no examples") as caught:
+        read(tmp_path / "empty.jsonl.gz")
+    assert caught.value.hint is None
     (tmp_path / "latin.en").write_bytes(b"caf\xe9\n")
     (tmp_path / "latin.fr").write_text("x\n")
     with pytest.raises(DataError, match=r"latin\.en is not UTF-8"):
