@@ -23,8 +23,8 @@ from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import full_shape, shard_of
 
 LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
-# transformers' classes with a task's head in place of the output layer over the vocabulary, by the end of their names.
 TASK = "mlm_task"  # entry of a config.json: the task that we fine-tuned it to, and its settings
+# transformers' classes with a task's head in place of the output layer over the vocabulary, by the end of their names.
 TASK_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 

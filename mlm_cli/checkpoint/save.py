@@ -262,7 +262,12 @@ class Checkpointer:
                     action()
             finally:
                 state.wait()
-            return state.result(), {f"model/{name}": record for name, record in weights.items()}
+            files = {f"model/{name}": record for name, record in weights.items()}
+            if self.parallel.world.rank == 0:
+                for name in list_files(temporary / "model"):
+                    if not name.endswith(".safetensors"):  # which other ranks may be writing
+                        files[f"model/{name}"] = _record(temporary / "model" / name)
+            return state.result(), files
 
     def _write_model(self, folder: Path, *given: Any) -> Mapping[str, FileRecord]:
         with agree.disk_errors(folder, "writing"), self.engine.fp32_weights():
@@ -289,10 +294,9 @@ class Checkpointer:
             files = {rank_file(rank): record for rank, (record, _) in enumerate(written)}
             for _, weights in written:
                 files |= weights
-            for name in list_files(temporary):  # texts, which nobody has read back
+            for name in list_files(temporary):  # what was written without a word
                 if name not in files:
-                    files[name] = hash_file(temporary / name)
-                    fsync_path(temporary / name)
+                    files[name] = _record(temporary / name)
             manifest = Manifest(
                 step=position.step,
                 consumed_samples=position.consumed_samples,
@@ -311,6 +315,13 @@ class Checkpointer:
             temporary.rename(final)
             self.run.set_latest(position.step)  # makes the run folder durable too
             self.run.prune(self.keep_last, position.step, self._best_steps())
+
+
+def _record(path: Path) -> FileRecord:
+    """Of a file that nobody has read back, made durable."""
+    record = hash_file(path)
+    fsync_path(path)
+    return record
 
 
 def versions() -> dict[str, str]:

@@ -88,8 +88,24 @@ def t5_tokens(tokenizer: Tokenizer, num_sentinels: int) -> T5Tokens:
     return T5Tokens(pad, eos, np.array(sentinels, dtype=np.int64), tokenizer.vocab_size)
 
 
-def begin_ids(tokenizer: Tokenizer) -> list[int]:
-    """The beginning-of-sequence token where the tokenizer's own template puts it (Llama's does, GPT-2's does not)."""
-    template = tokenizer.reference.encode("", add_special_tokens=True).ids
-    begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
-    return [template[0]] if begins else []
+class Frame:
+    """What stands around the ids of a text that a model is to go on from, or to read as a whole.
+
+    Where the tokenizer's own template begins a text with its beginning-of-sequence token (Llama's does, GPT-2's does
+    not), so do we: a model asked in `transformers` sees the same ids. No ids at all are the beginning of a document:
+    the beginning-of-sequence token, or else the end-of-document token that precedes every document in training.
+
+    Args:
+        ends: the end-of-document token closes a text, as an encoder has been taught.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, ends: bool = False) -> None:
+        template = tokenizer.reference.encode("", add_special_tokens=True).ids
+        begins = bool(template) and tokenizer.bos_id is not None and template[0] == tokenizer.bos_id
+        self.begin = [template[0]] if begins else []
+        self.end = [tokenizer.eod_id] if ends and tokenizer.eod_id is not None else []
+        self._nothing = [number for number in (tokenizer.bos_id, tokenizer.eod_id) if number is not None][:1]
+
+    def around(self, ids: list[int]) -> list[int]:
+        """The whole row; empty only where ``ids`` are, and the tokenizer has no token that begins a text."""
+        return [*self.begin, *ids, *self.end] or self._nothing

@@ -17,9 +17,6 @@ from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.task import HeadTask, Scores, Task
 from mlm_cli.tasks.writing import Writing
 
-# model(batch) -> outputs: a TaskModel, or one under an engine
-Forward = Any
-
 
 class TaskEvaluator:
     """``evaluator(model)`` -> ``{"dev_accuracy", ..., "dev_loss"}``, equal on all ranks.
@@ -57,11 +54,11 @@ class TaskEvaluator:
         return {**{f"dev_{name}": value for name, value in scores.metrics.items()}, "dev_loss": loss}
 
     @torch.no_grad()
-    def answers(self, model: Forward, on_batch: Callable[[int, int], None] | None = None) -> tuple[list[Any], float]:
+    def answers(self, model: Any, on_batch: Callable[[int, int], None] | None = None) -> tuple[list[Any], float]:
         """(what the model says of each example, mean loss over all units), equal on all ranks. All ranks call.
 
         Args:
-            model: in evaluation mode.
+            model: a TaskModel, or one under an engine, in evaluation mode.
             on_batch: told (units done, units in all) of this rank; where texts are written, they count apart.
         """
         device, data, task = self.parallel.device, self.parallel.data, self.task

@@ -7,15 +7,12 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.encoder_decoder import EncoderDecoder
+from mlm_cli.generation.encoder_decoder import decoder_of
 from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import text_stream
-from mlm_cli.models.gpt import GPT
 from mlm_cli.models.model import Model
-from mlm_cli.models.t5 import T5
 from mlm_cli.parallel.context import Group
 from mlm_cli.tasks.features import Features
 from mlm_cli.tasks.writing import Writing
@@ -41,7 +38,13 @@ def write_texts(
         interrupt: called by all ranks before every few batches of texts; may raise to leave off.
     """
     tensor, data = model.parallel.tensor, model.parallel.data
-    decoder = _decoder(model, task, batch_size)
+    decoder = decoder_of(
+        model,
+        batch_size,
+        max_new_tokens=task.section.max_target_length,
+        start_id=task.start_id,
+        max_length=task.encoder.max_length,
+    )
     settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=task.end_ids)
     generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
     written: dict[int, str] = {}
@@ -69,12 +72,3 @@ def gather_units(mine: dict[int, str], group: Group) -> dict[int, str]:
     parts: list[dict[int, str]] = [{}] * group.size
     dist.all_gather_object(parts, mine, group=group.handle)
     return {unit: value for part in parts for unit, value in part.items()}
-
-
-def _decoder(model: Model, task: Writing, batch_size: int) -> Decoder:
-    if isinstance(model, T5):
-        assert task.start_id is not None
-        longest = task.section.max_target_length + 1
-        return EncoderDecoder(model, batch_size, max_length=longest, start_id=task.start_id)
-    assert isinstance(model, GPT)
-    return Decoder(model, batch_size, task.encoder.max_length)

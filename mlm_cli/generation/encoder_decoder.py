@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mlm_cli.generation.decoder import Decoder
+from mlm_cli.models.gpt import GPT
+from mlm_cli.models.model import Model
 from mlm_cli.models.t5 import T5
 
 _FIRST_KEYS = 64
@@ -62,6 +64,22 @@ class EncoderDecoder(Decoder):
         keys, visible = self._read.all()
         hidden = model.decode(new, slots.positions, list(slots.layers), keys, num_keys=slots.longest, visible=visible)
         return model.gather_logits(model.logits(hidden))[:, 0]
+
+
+def decoder_of(
+    model: Model, rows: int, *, max_new_tokens: int, start_id: int | None, max_length: int | None = None
+) -> Decoder:
+    """What decodes up to ``rows`` texts of a model at once.
+
+    Args:
+        max_new_tokens: longest answer of an encoder-decoder, which ``start_id`` begins.
+        max_length: of a causal model, longest prompt and answer; unset: its context.
+    """
+    if isinstance(model, T5):
+        assert start_id is not None
+        return EncoderDecoder(model, rows, max_length=max_new_tokens + 1, start_id=start_id)
+    assert isinstance(model, GPT)
+    return Decoder(model, rows, max_length)
 
 
 class _CrossSlots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from mlm_cli.data.special_tokens import begin_ids
+from mlm_cli.data.special_tokens import Frame
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError
 from mlm_cli.generation.generator import EncodedPrompt
@@ -14,9 +14,7 @@ from mlm_cli.generation.prompts import Prompt
 class PromptEncoder:
     """Encodes prompts for one model.
 
-    Where the tokenizer's own template begins a text with its beginning-of-sequence token (Llama's does, GPT-2's does
-    not), so do we: a model asked in `transformers` sees the same ids. An empty prompt is the beginning of a document:
-    the beginning-of-sequence token, or else the end-of-document token that precedes every document in training.
+    What stands around a text: see ``special_tokens.Frame``.
 
     Args:
         max_length: longest prompt in tokens: the model's context.
@@ -30,8 +28,7 @@ class PromptEncoder:
         self._tokenizer, self.max_length, self._affixes = tokenizer, max_length, affixes
         if ends and tokenizer.eod_id is None:
             raise DataError(f"tokenizer `{tokenizer.spec}` has no token that ends a text, which the encoder needs")
-        self._tail = [tokenizer.eod_id] if ends and tokenizer.eod_id is not None else []
-        self._lead = begin_ids(tokenizer)
+        self._frame = Frame(tokenizer, ends=ends)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Ids of a prompt.
@@ -40,15 +37,12 @@ class PromptEncoder:
             DataError: longer than the context, or empty with a tokenizer that has no token to begin with.
         """
         prefix, suffix = self._affixes
-        tokens = self._lead + self._tokenizer.encode(f"{prefix}{prompt.text}{suffix}") + self._tail
+        tokens = self._frame.around(self._tokenizer.encode(f"{prefix}{prompt.text}{suffix}"))
         if not tokens:
-            begin = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eod_id
-            if begin is None:
-                raise DataError(
-                    f"{prompt.where}: an empty prompt, and the tokenizer has no token that begins a text",
-                    hint="give at least one word",
-                )
-            tokens = [begin]
+            raise DataError(
+                f"{prompt.where}: an empty prompt, and the tokenizer has no token that begins a text",
+                hint="give at least one word",
+            )
         return self.take(prompt, tokens)
 
     def take(self, prompt: Prompt, tokens: Sequence[int]) -> EncodedPrompt:

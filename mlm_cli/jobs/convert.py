@@ -190,11 +190,13 @@ def _write(
     one = ParallelContext.single()
     if source.tokenizer is None:
         log.warn(f"no tokenizer beside {request.source}: none is written (name one with --tokenizer)")
-    if request.to == "megatron" and source.megatron is None and any(affixes := prompt_affixes(source.folder)):
-        log.warn(
-            f"files of Megatron-LM have no place for the prefix {affixes[0]!r} and the suffix {affixes[1]!r} that the "
-            "model learned its task with: give them with each prompt"
-        )
+    if request.to == "megatron" and source.megatron is None:
+        prefix, suffix = prompt_affixes(read_model_config(source.folder)[1], source.section.family)
+        if prefix or suffix:
+            log.warn(
+                f"files of Megatron-LM have no place for the prefix {prefix!r} and the suffix {suffix!r} that the "
+                "model learned its task with: give them with each prompt"
+            )
     meta = {"name": Path(request.target).name, "converted from": request.source, "steps": source.step}
     inner = building / _WHERE_WEIGHTS_ARE.get(request.to, ".")
     if source.is_task:

@@ -26,6 +26,7 @@ from mlm_cli.evaluation.ensemble import order_of_labels
 from mlm_cli.evaluation.results import TaskResult, write_texts
 from mlm_cli.evaluation.task_scores import TaskEvaluator, task_result
 from mlm_cli.jobs.scoring_parts import Progress, context_length, dtype_of, tokenizer_of
+from mlm_cli.jobs.task_data import check_max_length
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.encoding import TextEncoder
 from mlm_cli.tasks.registry import TASKS
@@ -132,14 +133,12 @@ def _ask(
     """What the model in ``folder`` says of the examples."""
     kind = TASKS[section.name]
     tokenizer = agree.all_succeed(partial(tokenizer_of, request, folder, facts.section))
-    check_decoder_start(folder, tokenizer)
-    context, given = context_length(request, facts.section), dict(request.task_keys).get("max_length")
-    if given is not None and section.max_length is not None and section.max_length > context:
-        raise UsageError(
-            f"task.max_length {section.max_length} is beyond the context of {context} tokens of {folder}",
-            hint=f"use task.max_length={context} or less",
-        )
-    length = min(context, facts.max_length if given is None or section.max_length is None else section.max_length)
+    check_decoder_start(folder, facts.section, tokenizer)
+    length = facts.max_length
+    if "max_length" in dict(request.task_keys) and section.max_length is not None:  # not that of the first model's run
+        check_max_length(section, facts.section.seq_length)
+        length = section.max_length
+    length = min(length, context_length(request, facts.section))
     task = agree.all_succeed(lambda: kind(section, TextEncoder(tokenizer, facts.section, length), facts.labels))
     if isinstance(task, Writing):
         task.end_ids = end_ids(folder, tokenizer)

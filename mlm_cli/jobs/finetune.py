@@ -100,7 +100,7 @@ def _with_model(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> Recipe:
     assert recipe.task is not None
     TASKS[recipe.task.name].check_family(section)
     check_vocabulary(section, tokenizer, str(source))
-    check_decoder_start(source, tokenizer)
+    check_decoder_start(source, section, tokenizer)
     given = {key: getattr(recipe.model, key) for key in FREE_MODEL_KEYS if key in recipe.model.model_fields_set}
     given["attention"] = kept_pattern(recipe.model.attention, section.attention)
     section = section.model_copy(update=given)

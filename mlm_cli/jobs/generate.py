@@ -22,7 +22,7 @@ from mlm_cli.errors import UsageError
 from mlm_cli.generation import prompts as prompt_sources
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.dialogue import Dialogue
-from mlm_cli.generation.encoder_decoder import EncoderDecoder
+from mlm_cli.generation.encoder_decoder import decoder_of
 from mlm_cli.generation.encoding import PromptEncoder
 from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
 from mlm_cli.generation.output import AnswerWriter
@@ -31,9 +31,7 @@ from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
 from mlm_cli.jobs.serve import Web
-from mlm_cli.models.gpt import GPT
 from mlm_cli.models.model import Model
-from mlm_cli.models.t5 import T5
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.task_folder import prompt_affixes
 
@@ -95,12 +93,12 @@ def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -
 def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: ParallelContext) -> int:
     """Rank 0: everything that can be wrong with the input is found before the weights are read."""
     with _meeting(parallel) as told:
-        section, _ = read_model_config(folder)
+        section, config = read_model_config(folder)
         _check_family(section, request)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
         settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, end_ids(folder, tokenizer))
-        affixes = prompt_affixes(folder) if request.as_trained and not request.interactive else ("", "")
+        affixes = prompt_affixes(config, section.family) if request.as_trained and not request.interactive else ("", "")
         encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         web = Web(request) if request.serve else None
@@ -156,11 +154,8 @@ def _check_family(section: ModelSection, request: GenerateRequest) -> None:
 def _decoder(request: GenerateRequest, folder: Path, model: Model) -> Decoder:
     """What runs the model, equal on all ranks."""
     rows = 1 if request.interactive else request.batch_size
-    if isinstance(model, T5):
-        start = start_id(folder, model.config)
-        return EncoderDecoder(model, rows, max_length=request.max_new_tokens + 1, start_id=start)
-    assert isinstance(model, GPT)
-    return Decoder(model, rows)
+    start = start_id(folder, model.config) if model.config.family == "t5" else None
+    return decoder_of(model, rows, max_new_tokens=request.max_new_tokens, start_id=start)
 
 
 def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> Model:

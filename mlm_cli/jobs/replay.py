@@ -59,28 +59,28 @@ def check(report: Report) -> None:
     if report.same:
         return
     found = report.difference
-    other = (
-        f"other ranks wrote the checkpoint of step {report.from_step} ({report.start_layout}); steps that they took "
-        "behind it differ in their last digits: raise checkpoint.keep_last, so that where others took over is kept"
-    )
     if found is not None:
         raise CheckpointError(
             f"step {found.step} does not come out as it was recorded: {found.what} {found.replayed!r} now, "
             f"{found.recorded!r} then",
             hint="the learning rate's settings have changed since"
             if found.what == "lr"
-            else other
-            if report.start_layout is not None
-            else "the checkpoint before it, the data or the recipe have changed, or an operation here is not "
-            "deterministic",
+            else _why(report, "the checkpoint before it, the data or the recipe have changed"),
         )
     names = report.state_differs or []
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     raise CheckpointError(
         f"the checkpoint of step {report.step} holds another state than step {report.step} gives: {shown}",
-        hint=other
-        if report.start_layout is not None
-        else "the file was changed after it was written, or an operation here is not deterministic",
+        hint=_why(report, "the file was changed after it was written"),
+    )
+
+
+def _why(report: Report, usual: str) -> str:
+    if report.start_layout is None:
+        return f"{usual}, or an operation here is not deterministic"
+    return (
+        f"other ranks wrote the checkpoint of step {report.from_step} ({report.start_layout}); steps that they took "
+        "behind it differ in their last digits: raise checkpoint.keep_last, so that where others took over is kept"
     )
 
 

@@ -27,6 +27,15 @@ class TaskData:
     fingerprint: str
 
 
+def check_max_length(section: TaskSection, context: int) -> None:
+    """Raise UsageError where texts longer than the model's context are asked for."""
+    if section.max_length is not None and section.max_length > context:
+        raise UsageError(
+            f"task.max_length {section.max_length} is beyond the model's context of {context} tokens",
+            hint=f"use task.max_length={context} or less",
+        )
+
+
 def read_task(section: TaskSection, tokenizer: Tokenizer, model: ModelSection) -> TaskData:
     """Read, check and encode both files of a task.
 
@@ -34,11 +43,7 @@ def read_task(section: TaskSection, tokenizer: Tokenizer, model: ModelSection) -
         DataError: naming file and line.
         UsageError: texts longer than the model's context are asked for.
     """
-    if section.max_length is not None and section.max_length > model.seq_length:
-        raise UsageError(
-            f"task.max_length {section.max_length} is beyond the model's context of {model.seq_length} tokens",
-            hint=f"use task.max_length={model.seq_length} or less",
-        )
+    check_max_length(section, model.seq_length)
     kind = TASKS[section.name]
     examples, held_out = kind.read(section.train, section), kind.read(section.dev, section)
     encoder = TextEncoder(tokenizer, model, section.max_length or model.seq_length)

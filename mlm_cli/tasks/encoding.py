@@ -1,5 +1,4 @@
-"""From texts to rows of ids as the family was pretrained: ``[CLS] a [SEP] b [SEP]`` for BERT, plain for GPT, with the
-end-of-text token for T5."""
+"""From texts to rows of ids as the family was pretrained: ``[CLS] a [SEP] b [SEP]`` for BERT, plain for GPT."""
 
 from __future__ import annotations
 

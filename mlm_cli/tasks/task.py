@@ -50,7 +50,6 @@ class Task(ABC):
     Attributes:
         name: as ``task.name`` in a recipe.
         has_labels: it chooses between classes with names.
-        writes: its answers are texts, which the model writes with its own output layer: see ``writing.Writing``.
         kept: keys of the section that the model cannot be used rightly without: they travel with it.
     """
 
@@ -58,7 +57,6 @@ class Task(ABC):
     version: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
-    writes: ClassVar[bool] = False
 
     def __init__(self, section: TaskSection, encoder: TextEncoder, labels: Sequence[str] = ()) -> None:
         self.section, self.encoder, self.labels = section, encoder, tuple(labels)

@@ -158,7 +158,7 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
     """
     section, config = read_model_config(folder)
     own = _entry(config, kind)
-    if kind.writes:
+    if issubclass(kind, Writing):
         return _facts_of_writing(folder, kind, section, config, own)
     wanted, found = kind.architecture(section), task_class(config) or "Model"
     named = config.get("architectures", list, [])
@@ -178,12 +178,11 @@ def read_facts(folder: Path, kind: type[Task]) -> TaskFacts:
     return TaskFacts(labels, int(own.get("max_length") or section.seq_length), settings, section)
 
 
-def prompt_affixes(folder: Path) -> tuple[str, str]:
-    """What stood before and behind each text where the model in ``folder`` learned to write; nothing if it did not."""
-    section, config = read_model_config(folder)
+def prompt_affixes(config: ConfigReader, family: str) -> tuple[str, str]:
+    """What stood before and behind each text where the model of this ``config.json`` learned to write, else nothing."""
     if trained_task(config) not in WRITTEN_KINDS:
         return "", ""
-    return affixes_of(_entry(config, Writing), section.family)
+    return affixes_of(_entry(config, Writing), family)
 
 
 def _entry(config: ConfigReader, kind: type[Task]) -> dict[str, Any]:
@@ -203,13 +202,12 @@ def _entry(config: ConfigReader, kind: type[Task]) -> dict[str, Any]:
     return {**own, **{key: getattr(checked, key) for key in known}}
 
 
-def check_decoder_start(folder: Path, tokenizer: Tokenizer) -> None:
+def check_decoder_start(folder: Path, section: ModelSection, tokenizer: Tokenizer) -> None:
     """Raise CheckpointError where a T5 begins its texts with another token than its padding, as tasks have it."""
-    section, config = read_model_config(folder)
     padding = pad_id_of(tokenizer)
     if section.family == "t5" and (start := start_id(folder, section)) != padding:
         raise CheckpointError(
-            f"{config.where}: `decoder_start_token_id` is {start}, the tokenizer's padding {padding}",
+            f"{folder}: `decoder_start_token_id` is {start}, the tokenizer's padding {padding}",
             hint="tasks are learned by a T5 whose texts begin with its padding token",
         )
 

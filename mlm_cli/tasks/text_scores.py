@@ -75,22 +75,27 @@ def rouge(tokenize: str) -> Scorer:
     package = _package("rouge_score.rouge_scorer", "rouge-score")
     words = _Words(import_module("nltk.stem.porter").PorterStemmer()) if tokenize == "unicode" else None
     scorer = package.RougeScorer(kinds, use_stemmer=True, tokenizer=words)
-    warned = False
+    looked = False
 
     def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextScores:
-        nonlocal warned
-        letters = "".join(filter(str.isalpha, "".join(text for gold in references for text in gold)))
-        foreign = sum(not letter.isascii() for letter in letters)
-        if words is None and foreign > 0.01 * len(letters) and not warned:
-            warned = True
-            log.warn(
-                f"rouge-score knows no letters but a to z: it passes over {foreign / len(letters):.0%} of those in the "
-                "references; task.rouge_tokenize=unicode takes them all"
-            )
+        nonlocal looked
+        if words is None and not looked:
+            looked = True
+            _warn_of_other_letters("".join(text for gold in references for text in gold))
         each = [scorer.score_multi(gold, text) for text, gold in zip(texts, references, strict=True)]
         return _means({kind: [found[kind].fmeasure for found in each] for kind in kinds}, {"stemmer": "porter"})
 
     return score
+
+
+def _warn_of_other_letters(text: str) -> None:
+    letters = list(filter(str.isalpha, text))
+    share = sum(not letter.isascii() for letter in letters) / max(1, len(letters))
+    if share > 0.01:
+        log.warn(
+            f"rouge-score knows no letters but a to z: it passes over {share:.0%} of those in the references; "
+            "task.rouge_tokenize=unicode takes them all"
+        )
 
 
 class _Words:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlm_cli import log
 from mlm_cli.config.schema import ModelSection, TaskSection
-from mlm_cli.data.special_tokens import begin_ids
+from mlm_cli.data.special_tokens import Frame
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.models.heads import HeadSpec
 from mlm_cli.tasks.encoding import Row, TextEncoder
@@ -42,7 +42,6 @@ class Writing(Task):
     """
 
     kept: ClassVar[tuple[str, ...]] = ("prefix", "suffix", "max_target_length")
-    writes: ClassVar[bool] = True
     one_line: ClassVar[bool] = False
 
     def __init__(self, section: TaskSection, encoder: TextEncoder, labels: Sequence[str] = ()) -> None:
@@ -61,8 +60,7 @@ class Writing(Task):
                 f"tokenizer `{tokenizer.spec}` drops the suffix {suffix!r}: nothing would say where a text ends",
                 hint="use task.suffix=' =>' or the like",
             )
-        self._begin = begin_ids(tokenizer)
-        self._end = [self.end_id] if self.two_stacks else []
+        self._frame = Frame(tokenizer, ends=self.two_stacks)
         self._room = encoder.max_length - (0 if self.two_stacks else section.max_target_length)
         if self._room <= self._length("") + 1:
             raise UsageError(
@@ -125,9 +123,9 @@ class Writing(Task):
             start_id=self.start_id,
         )
 
-    def _row(self, ids: Sequence[int], text: str) -> Row:
+    def _row(self, ids: list[int], text: str) -> Row:
         """``ids`` of the text between its prefix and suffix; where they are too many, the text itself is cut."""
-        surplus = len(self._begin) + len(ids) + len(self._end) - self._room
+        surplus = len(self._frame.around(ids)) - self._room
         if surplus > 0:
             ends = [end for _, end in self.encoder.tokenizer.reference.encode(text, add_special_tokens=False).offsets]
             keep = len(ends) - surplus
@@ -135,18 +133,15 @@ class Writing(Task):
             while keep > 0 and self._length(text[: ends[keep - 1]]) > self._room:
                 keep -= 1
             ids = self._encode(text[: ends[keep - 1]] if keep > 0 else "")
-        tokenizer = self.encoder.tokenizer
-        # Nothing at all is the beginning of a document, as `mlm generate` has it.
-        nothing = self.end_id if tokenizer.bos_id is None else tokenizer.bos_id
-        whole = np.array([*self._begin, *ids, *self._end] or [nothing], dtype=np.int64)
-        return Row(whole, np.zeros(len(whole), np.int64), len(self._begin), len(ids))
+        whole = np.array(self._frame.around(ids), dtype=np.int64)
+        return Row(whole, np.zeros(len(whole), np.int64), len(self._frame.begin), len(ids))
 
     def _encode(self, text: str) -> list[int]:
         prefix, suffix = self.affixes
         return self.encoder.tokenizer.encode(f"{prefix}{text}{suffix}")
 
     def _length(self, text: str) -> int:
-        return max(1, len(self._begin) + len(self._encode(text)) + len(self._end))
+        return len(self._frame.around(self._encode(text)))
 
     @property
     def head(self) -> HeadSpec:

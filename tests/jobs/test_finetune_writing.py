@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-import shlex
 import signal
 import string
 from pathlib import Path
@@ -15,7 +13,6 @@ import pytest
 
 from mlm_cli.checkpoint.hub import read_model_config, save_model_folder
 from mlm_cli.cli.app import run as mlm
-from mlm_cli.config.builtin import recipes_root
 from mlm_cli.config.checks import check
 from mlm_cli.config.requests import EvaluateRequest, GenerateRequest
 from mlm_cli.config.schema import ModelSection, Recipe
@@ -28,6 +25,7 @@ from mlm_cli.jobs.tokenizer import TrainRequest, train
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
 from tests.jobs.test_finetune import records, state_of
+from tests.jobs.test_finetune_bert import commands, read
 from tests.tasks.test_writing import SECTIONS
 
 GERMAN = {"red": "rot", "old": "alt", "cat": "katze", "dog": "hund", "sun": "sonne"}
@@ -94,18 +92,18 @@ def test_a_causal_model_learns_what_is_written(toy: Path, tmp_path: Path, capsys
 def test_sigterm_while_texts_are_written(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation is left, the step saved, and the run goes on to the end of one that was never stopped."""
     assert run(make_recipe(toy, tmp_path / "straight")) == 0
-    made, asked = written_texts._decoder, []
+    made, asked = written_texts.decoder_of, []
 
-    def stopped(model: Any, *given: Any) -> Any:
+    def stopped(model: Any, *given: Any, **settings: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         asked.append(model.training)
-        return made(model, *given)
+        return made(model, *given, **settings)
 
-    monkeypatch.setattr(written_texts, "_decoder", stopped)
+    monkeypatch.setattr(written_texts, "decoder_of", stopped)
     assert run(make_recipe(toy, tmp_path / "run")) == 75 and asked == [False]
     assert records(tmp_path / "run")[-1]["step"] == 4 and "dev_f1" not in records(tmp_path / "run")[-1]
     assert (tmp_path / "run/latest").read_text().strip() == "step-00000004"
-    monkeypatch.setattr(written_texts, "_decoder", made)
+    monkeypatch.setattr(written_texts, "decoder_of", made)
     assert run(make_recipe(toy, tmp_path / "run")) == 0
     ends = [state_of(tmp_path / name / "step-00000008") for name in ("straight", "run")]
     assert ends[0] == ends[1]
@@ -166,24 +164,15 @@ def test_zero_3_trains_and_is_scored_afterwards(toy: Path, tmp_path: Path, run_r
     assert results["n-samples"]["text_generation"] == {"original": 24, "effective": 6}
 
 
-def commands(name: str) -> list[list[str]]:
-    head = (recipes_root() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return [shlex.split(line.removeprefix("#   mlm ")) for line in head if line.startswith("#   mlm ")]
-
-
-def text_of(path: Path) -> str:
-    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-
-
 def captions(test_data: Path, folder: Path) -> None:
     for language in ("en", "de"):
-        lines = text_of(test_data / f"finetune/multi30k/val.{language}.gz").splitlines(keepends=True)
+        lines = read(test_data / f"finetune/multi30k/val.{language}.gz").splitlines(keepends=True)
         for name, part in (("train", lines[:200]), ("dev", lines[200:216])):
             (folder / f"{name}.{language}").write_text("".join(part), encoding="utf-8")
 
 
 def papers(test_data: Path, folder: Path) -> None:
-    lines = text_of(test_data / "finetune/scitldr/dev.jsonl").splitlines(keepends=True)
+    lines = read(test_data / "finetune/scitldr/dev.jsonl").splitlines(keepends=True)
     for name, part in (("train", lines[:200]), ("dev", lines[200:216])):
         (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
 
@@ -216,7 +205,7 @@ def test_the_commands_of_the_debug_recipes(
 ) -> None:
     """On real files: it trains, keeps the best by the right metric, and ``mlm evaluate`` gives that score again."""
     novel = sorted((test_data / "corpora/english_novels").glob("*.gz"))[0]
-    (tmp_path / "book.txt").write_text(text_of(novel)[:60_000], encoding="utf-8")
+    (tmp_path / "book.txt").write_text(read(novel)[:60_000], encoding="utf-8")
     write(test_data, tmp_path)
     monkeypatch.chdir(tmp_path)
     for command in commands(f"debug/{source}"):
@@ -288,5 +277,5 @@ def test_an_untrained_model_is_scored_with_the_settings_given(toy: Path, tmp_pat
 
     assert scored()["max_length"] == 48 and scored(max_length=24)["max_length"] == 24
     assert scored(prefix="> ")["prefix"] == "> "
-    with pytest.raises(UsageError, match=r"task\.max_length 99 is beyond the context of 48 tokens"):
+    with pytest.raises(UsageError, match=r"task\.max_length 99 is beyond the model's context of 48 tokens"):
         scored(max_length=99)
