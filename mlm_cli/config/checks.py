@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
-from mlm_cli.config.model_checks import check_model
+from mlm_cli.config.model_checks import check_contrast, check_model
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
@@ -43,6 +43,7 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _engine(recipe)
         found += _context(recipe, verb)
         found += _keep_best(recipe)
+        found += check_contrast(recipe)
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)

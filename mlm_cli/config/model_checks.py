@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import ModelSection, Recipe
 from mlm_cli.config.shapes import crossed_ramp, decoder_seq_length, is_sparse
+from mlm_cli.config.tasks import WRITTEN_KINDS
 
 # keys of the model section that one family alone understands, and what they are when nobody has set them
 _OF_ONE_FAMILY = {
@@ -39,6 +40,31 @@ def check_model(recipe: Recipe) -> Iterator[Mistake]:
     yield from _experts(model)
     if model.family == "t5":
         yield from _t5(recipe)
+
+
+def check_contrast(recipe: Recipe) -> Iterator[Mistake]:
+    """Where the contrastive loss has no meaning, or not the tokens it compares."""
+    if not recipe.train.contrastive_margin:
+        return
+    written = " or ".join(WRITTEN_KINDS)
+    if recipe.task is not None and recipe.task.name not in WRITTEN_KINDS:
+        yield Mistake(
+            ("train.contrastive_margin", "task.name"),
+            f"`train.contrastive_margin` is for models that write, and `task.name` {recipe.task.name} writes nothing",
+            f"leave it out, or use `task.name` {written}",
+        )
+    elif recipe.task is None and recipe.model.family == "bert":
+        yield Mistake(
+            ("train.contrastive_margin", "model.family"),
+            "`train.contrastive_margin` is for models that write, and `model.family` bert fills gaps",
+            "leave it out, or use `model.family` gpt or t5",
+        )
+    if recipe.parallel.context > 1:
+        yield Mistake(
+            ("train.contrastive_margin", "parallel.context"),
+            "`train.contrastive_margin` compares all tokens of a text, and `parallel.context` shares these out",
+            "use `parallel.context=1`",
+        )
 
 
 def _t5(recipe: Recipe) -> Iterator[Mistake]:

@@ -199,6 +199,13 @@ class TrainSection(Section):
         description="auto: DeepSpeed when there is something to shard or average, else a plain optimizer step",
     )
     compile: bool = False
+    contrastive_margin: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="gpt, t5: against repetition, keep the cosine of a text's tokens in the last layer below 1 minus this"
+        " (SimCTG; 0.5 is usual); 0: do not",
+    )
     heartbeat: float = Field(
         default=120.0,
         ge=0,

@@ -16,6 +16,7 @@ from mlm_cli.config.shapes import is_sparse
 from mlm_cli.generation.slots import Slots
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import MLP, Block, Norm
+from mlm_cli.models.contrast import Contrast
 from mlm_cli.models.embedding import Embedding, Position
 from mlm_cli.models.gpt import GPT, Head
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -23,9 +24,9 @@ from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, Voc
 # With more rows than this a step computes more than it reads, and the general matrix product is the better one.
 MOST_ROWS = 16
 
-_KNOWN = {
+_KNOWN = {  # `Contrast` does nothing outside of training
     GPT, nn.ModuleList, Embedding, VocabParallelEmbedding, Position, Block, Norm, SelfAttention, ColumnParallelLinear,
-    RowParallelLinear, MLP, Head,
+    RowParallelLinear, MLP, Head, Contrast,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from mlm_cli.jobs.training_parts import (
     build_monitor,
     build_numerics,
     build_schedule,
+    build_statistics,
     free_settings,
     joined,
     kept_pattern,
@@ -176,6 +177,7 @@ def _run(session: Session, data: TaskData, batch: Batch, parallel: ParallelConte
             monitor=monitor,
             stop=session.stop,
             numerics=numerics,
+            statistics=build_statistics(start.model, recipe, parallel),
         )
     return _end(session, position, received, best)
 
@@ -197,6 +199,7 @@ def _end(session: Session, position: Position, received: Cause | None, best: Bes
 class _Start:
     """What training goes on with: filled from the source model, or from a checkpoint of this run."""
 
+    model: TaskModel
     engine: Engine
     streams: RandomStreams
     checkpointer: BestCheckpointer
@@ -241,7 +244,7 @@ def _start(session: Session, data: TaskData, batch: Batch, parallel: ParallelCon
     checkpointer.best = best
     checkpointer.check_space(3)  # the last, the best and the one being written
     _say_plan(recipe, data, batch, kind, dtype)
-    return _Start(engine, streams, checkpointer, position, dtype)
+    return _Start(model, engine, streams, checkpointer, position, dtype)
 
 
 def _objective(task: Task) -> Objective:

@@ -38,6 +38,7 @@ from mlm_cli.jobs.training_parts import (
     build_monitor,
     build_numerics,
     build_schedule,
+    build_statistics,
     free_settings,
     joined,
     optimizer_settings,
@@ -47,7 +48,6 @@ from mlm_cli.jobs.training_parts import (
     watch_ranks,
 )
 from mlm_cli.models.count import count_parameters, flops_per_token
-from mlm_cli.models.experts import routing_statistics
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
 from mlm_cli.parallel.context import ParallelContext
@@ -142,7 +142,7 @@ def _run(session: Session, tokenizer: Tokenizer | None, batch: Batch, parallel: 
             monitor=monitor,
             stop=session.stop,
             numerics=numerics,
-            statistics=(lambda: routing_statistics(model, parallel)) if recipe.model.experts else None,
+            statistics=build_statistics(model, recipe, parallel),
         )
     return _finish(session, position, received)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint import agree
@@ -18,7 +19,9 @@ from mlm_cli.config.schema import AttentionSection, ModelSection, Recipe
 from mlm_cli.errors import RankLostError
 from mlm_cli.models.attention import Attention
 from mlm_cli.models.block import Block
+from mlm_cli.models.contrast import Contrast, contrast_statistics
 from mlm_cli.models.count import FLOPS_FORMULA
+from mlm_cli.models.experts import routing_statistics
 from mlm_cli.models.model import Model
 from mlm_cli.ops import products
 from mlm_cli.parallel.context import ParallelContext
@@ -78,12 +81,17 @@ def kept_pattern(asked: AttentionSection, found: AttentionSection) -> AttentionS
 
 
 def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext, dtype: torch.dtype) -> RandomStreams:
-    """Set how a float32 model computes: type, recomputation, dropout streams, compiled layers. Returns the streams."""
+    """Set how a float32 model is trained: type, recomputation, further losses, dropout, compiled layers.
+
+    Returns the streams of its dropout.
+    """
     model.dtype = dtype
     model.recompute = recipe.train.recompute == "full"
     for module in model.modules():
         if isinstance(module, Attention):
             module.recompute = recipe.train.recompute == "selective"
+    if recipe.train.contrastive_margin and model.has_head:
+        model.contrast = Contrast(recipe.train.contrastive_margin)
     streams = RandomStreams(parallel, recipe.seed)
     model.set_streams(streams)
     if recipe.train.compile:
@@ -91,6 +99,15 @@ def prepare_for_training(model: Model, recipe: Recipe, parallel: ParallelContext
             if isinstance(layer, Block):
                 layer.compile()
     return streams
+
+
+def build_statistics(
+    model: nn.Module, recipe: Recipe, parallel: ParallelContext
+) -> Callable[[], dict[str, float]] | None:
+    """What training tells beside the loss, asked by all ranks; None: nothing."""
+    asked = [routing_statistics] if recipe.model.experts is not None else []
+    asked += [contrast_statistics] if recipe.train.contrastive_margin else []
+    return (lambda: {k: v for ask in asked for k, v in ask(model, parallel).items()}) if asked else None
 
 
 def optimizer_settings(recipe: Recipe) -> OptimizerSettings:

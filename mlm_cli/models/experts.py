@@ -20,6 +20,7 @@ from mlm_cli import ops
 from mlm_cli.config.initial_std import initial_std
 from mlm_cli.config.schema import ExpertsSection, ModelSection
 from mlm_cli.config.shapes import ffn_hidden_size, is_gated
+from mlm_cli.models.extra_loss import ExtraLoss
 from mlm_cli.ops import products
 from mlm_cli.parallel.context import Group, ParallelContext
 from mlm_cli.parallel.layers import new_parameter
@@ -86,33 +87,14 @@ def route(logits: Tensor, *, top_k: int, capacity_factor: float | None) -> Route
     return Routes(torch.stack(chosen), torch.stack(places), torch.stack(gates), capacity, balance, counts)
 
 
-class _WithLoss(torch.autograd.Function):
-    """``x``, whose backward pass also minimises ``weight * loss``: no stage has to carry the sum to the end."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, grad.new_tensor(ctx.weight, dtype=torch.float32), None
-
-
-class Experts(nn.Module):
-    """Feed-forward experts behind a router; a drop-in for ``MLP``.
-
-    Attributes:
-        loss_scale: gradient that the loss of a micro-batch begins its backward pass with (engines that average
-            micro-batches or scale losses set it, see ``scale_losses``).
-    """
+class Experts(ExtraLoss):
+    """Feed-forward experts behind a router; a drop-in for ``MLP``."""
 
     def __init__(self, model: ModelSection, parallel: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         assert model.experts is not None
         self.settings: ExpertsSection = model.experts
         self.group, self.sequence, self.activation = parallel.tensor, parallel.sequence, model.activation
-        self.loss_scale = 1.0
         h, f, count = model.hidden_size, ffn_hidden_size(model), self.settings.num_experts
         rows = 2 * f if is_gated(model) else f
         here, shard = count // parallel.tensor.size, Shard(0)
@@ -144,7 +126,7 @@ class Experts(nn.Module):
             out = reduce_from_group(out, self.group)
         if self.training:
             self._note(routes)
-            out = _WithLoss.apply(out, routes.balance, self.settings.balance_loss * self.loss_scale)
+            out = self.minimise(routes.balance, out, self.settings.balance_loss)
         return out
 
     def _mix(self, flat: Tensor, routes: Routes) -> Tensor:
@@ -206,13 +188,6 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         last = self.first + self.up.shape[0] - 1
         return f"experts {self.first} to {last} of {self.settings.num_experts}, {self.settings.top_k} a token"
-
-
-def scale_losses(model: nn.Module, scale: float) -> None:
-    """Tell all experts with which gradient the loss of a micro-batch begins its backward pass."""
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.loss_scale = scale
 
 
 def routing_statistics(model: nn.Module, parallel: ParallelContext) -> dict[str, float]:

@@ -146,6 +146,8 @@ class GPT(Model):
             batch: ``labels [b, s]``; optional ``loss_mask [b, s]``.
         """
         labels, mask, context = batch["labels"], batch.get("loss_mask"), self.parallel.context
+        if self.contrast is not None:
+            hidden = self.contrast(hidden, _real(batch), batch.get("segments"))
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -179,3 +181,11 @@ class GPT(Model):
         shape = (batch_size, first.num_groups, max_length, first.dim)
         layers = [LayerCache(shape, self.dtype, self.parallel.device) for _ in self.layers]
         return KVCache(layers, max_length, start)
+
+
+def _real(batch: Batch) -> Tensor | None:
+    """``[b, s]``: which tokens are no padding; None where all are."""
+    if "lengths" not in batch:
+        return None
+    tokens, lengths = batch["tokens"], batch["lengths"]
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

@@ -17,6 +17,7 @@ from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.sequence import gather_tokens
 
 if TYPE_CHECKING:
+    from mlm_cli.models.contrast import Contrast
     from mlm_cli.parallel.random import RandomStreams
 
 Batch = dict[str, Tensor]
@@ -37,6 +38,7 @@ class Model(nn.Module):
         has_embedding, has_head: whether this part begins, or ends, the model.
         recompute: rebuild each layer's activations in the backward pass instead of keeping them.
         streams: dropout streams; set by training when there is dropout.
+        contrast: a further loss of the states that ``loss_of`` is given; set by training.
         shared: modules with a weight that several entries of the list use, by name; on several stages a copy each.
         copies: full names of the parameters that an earlier stage owns.
         score_names: what ``scores`` measures.
@@ -58,6 +60,7 @@ class Model(nn.Module):
         self.config, self.parallel, self.dtype = model, parallel, dtype
         self.recompute = False
         self.streams: RandomStreams | None = None
+        self.contrast: Contrast | None = None
         part = range(len(specs)) if part is None else part
         mine = [specs[number] for number in part]
         self.has_embedding, self.has_head = mine[0] is specs[0], mine[-1] is specs[-1]

@@ -198,6 +198,8 @@ class T5(Model):
             hidden: of the decoder, ``[b, s_dec, h]``.
         """
         labels, mask = batch["labels"].reshape(-1), batch.get("loss_mask")
+        if self.contrast is not None:
+            hidden = self.contrast(hidden, None if mask is None else mask > 0)
         count = hidden.new_tensor(float(labels.numel()), dtype=torch.float32) if mask is None else mask.float().sum()
         loss = vocab_parallel_linear_cross_entropy(
             self._scaled(hidden).reshape(-1, hidden.shape[-1]),

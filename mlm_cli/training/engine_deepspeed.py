@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mlm_cli import distributed, log
 from mlm_cli.checkpoint.folder import write_atomic
 from mlm_cli.checkpoint.state import KINDS, Fragment
-from mlm_cli.models.experts import scale_losses
+from mlm_cli.models.extra_loss import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.mpu import Mpu
 from mlm_cli.parallel.shard import shard_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mlm_cli import ops
 from mlm_cli.checkpoint.state import Fragment
-from mlm_cli.models.experts import scale_losses
+from mlm_cli.models.extra_loss import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import shard_of
 from mlm_cli.training.engine import Batch, Objective, OptimizerSettings, Outcome, ParameterSettings

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from mlm_cli.checkpoint.hub import load_model_folder, save_model_folder
 from mlm_cli.config.schema import ExpertsSection, ModelSection
 from mlm_cli.models.count import count_parameters, flops_per_token, layer_counts
-from mlm_cli.models.experts import Experts, route, routing_statistics, scale_losses
+from mlm_cli.models.experts import Experts, route, routing_statistics
+from mlm_cli.models.extra_loss import scale_losses
 from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.shard import gather_full, shard_of
