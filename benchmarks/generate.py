@@ -1,7 +1,8 @@
-"""Generation of one text (batch 1, greedy) on the CPU against `transformers` generate, on the same model folder.
+"""Generation of one text (greedy, or by beam search) on the CPU against `transformers` generate, on the same folder.
 
     python benchmarks/generate.py                       # both vocabularies and precisions: about 4 minutes
     python benchmarks/generate.py --vocab 8192 --precision bf16 --threads 1 --rounds 5
+    python benchmarks/generate.py --beams 4 --vocab 8192 --threads 2
 
 The memory roof is the time that reading every weight once takes at the rate of a copy of as many bytes, measured here
 in the same run: no decoder that reads its weights once a token can be faster. (Weights that fit the caches are read
@@ -60,13 +61,13 @@ def prompt_ids(vocab: int) -> list[int]:
     return [(37 * i + 11) % vocab for i in range(PROMPT)]
 
 
-def work_mlm(folder: str, vocab: int) -> None:
+def work_mlm(folder: str, vocab: int, beams: int) -> None:
     """The generator as the command runs it, down to the text; ids stand for text, as there is no tokenizer."""
     import torch
 
     from mlm_cli.checkpoint.hub import load_model_folder, read_model_config
-    from mlm_cli.generation.decoder import Decoder
-    from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
+    from mlm_cli.generation.answer import EncodedPrompt, Settings
+    from mlm_cli.generation.answerer import decoder_of, make_answerer
     from mlm_cli.generation.prompts import Prompt
     from mlm_cli.generation.sampling import Sampling
     from mlm_cli.generation.text_stream import TextStream
@@ -82,20 +83,20 @@ def work_mlm(folder: str, vocab: int) -> None:
     _, config = read_model_config(Path(folder))
     dtype = torch.bfloat16 if config.values.get("dtype") == "bfloat16" else torch.float32
     model, _ = load_model_folder(folder, ParallelContext.single(), dtype=dtype)
-    decoder = Decoder(model.eval(), 1)
+    decoder = decoder_of(model.eval(), 1, Settings(Sampling(temperature=0), beams=beams), start_id=None)
     prompt = EncodedPrompt(Prompt(0, "", 0, ""), prompt_ids(vocab))
 
     def work(count: int) -> dict[str, Any]:
         begin = time.process_time()
-        generator = Generator(decoder, Settings(Sampling(temperature=0), count), Ids)
-        (answer,) = generator.answers([prompt])
+        answerer = make_answerer(decoder, Settings(Sampling(temperature=0), count, beams=beams), Ids)
+        (answer,) = answerer.answers([prompt])
         return {"tokens": answer.tokens, "processor": time.process_time() - begin}
 
     work(16)
     serve(work)
 
 
-def work_transformers(folder: str, vocab: int) -> None:
+def work_transformers(folder: str, vocab: int, beams: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +106,9 @@ def work_transformers(folder: str, vocab: int) -> None:
 
     def work(count: int) -> dict[str, Any]:
         begin = time.process_time()
-        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, num_beams=beams, max_new_tokens=count, pad_token_id=0
+        )
         return {"tokens": out[0, PROMPT:].tolist(), "processor": time.process_time() - begin}
 
     work(16)
@@ -127,12 +130,12 @@ print(2 * {num_bytes} / min(times))
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
-def compare(vocab: int, precision: str, threads: int, rounds: int, tokens: int) -> dict[str, Any]:
+def compare(vocab: int, precision: str, threads: int, rounds: int, tokens: int, beams: int) -> dict[str, Any]:
     """One row: milliseconds a token, paired ratios, share of the memory roof."""
     with tempfile.TemporaryDirectory() as scratch:
         weight_bytes = make_folder(Path(scratch), vocab, precision)
         env = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        arguments = ["--folder", scratch, "--vocab", str(vocab)]
+        arguments = ["--folder", scratch, "--vocab", str(vocab), "--beams", str(beams)]
         workers = [TimedWorker(name, [sys.executable, __file__, "--worker", name, *arguments], env) for name in NAMES]
         running = interleave(workers, rounds=rounds, units=tokens)
     for worker in workers:
@@ -148,6 +151,7 @@ def compare(vocab: int, precision: str, threads: int, rounds: int, tokens: int) 
         "vocab": vocab,
         "precision": precision,
         "threads": threads,
+        "beams": beams,
         "ms_per_token": milliseconds,
         "ratio": ratio(theirs, ours),
         "self_ratio": ratio(again, ours),
@@ -161,7 +165,8 @@ def compare(vocab: int, precision: str, threads: int, rounds: int, tokens: int) 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"GPT {LAYERS} x {HIDDEN}, prompt {PROMPT} tokens, greedy, batch 1")
+    way = "greedy" if rows[0]["beams"] == 1 else f"{rows[0]['beams']} beams"
+    print(f"GPT {LAYERS} x {HIDDEN}, prompt {PROMPT} tokens, {way}, batch 1")
     heads = "vocab  prec  threads  mlm ms/tok  transformers  ratio  self  cpu ratio"
     print(f"{heads}  weights MB  copy GB/s  of roof  equal tokens")
     for row in rows:
@@ -183,14 +188,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, cores}))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--beams", type=int, default=1, help="of a beam search; 1: greedy")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        (work_transformers if given.worker == "transformers" else work_mlm)(given.folder, given.vocab[0])
+        (work_transformers if given.worker == "transformers" else work_mlm)(given.folder, given.vocab[0], given.beams)
         return
     rows = [
-        compare(vocab, precision, threads, given.rounds, given.tokens)
+        compare(vocab, precision, threads, given.rounds, given.tokens, given.beams)
         for threads in given.threads
         for vocab in given.vocab
         for precision in given.precision

@@ -84,6 +84,9 @@ class GenerateRequest:
         top_k: 0 keeps every token.
         top_p: 1 keeps every token.
         repetition_penalty: 1 is none; over 1 makes what was already said less likely (CTRL, Keskar et al. 2019).
+        beams: hypotheses of a beam search; 1 is none.
+        length_penalty: of a beam search: scores are divided by length to this power.
+        contrastive_alpha: of a contrastive search among the ``top_k`` likeliest tokens; 0 is none.
         stop: generation ends before the first of these strings.
         batch_size: prompts decoded at once. Never changes a greedy answer.
         as_trained: put prompts between the prefix and suffix that the model was fine-tuned with.
@@ -104,6 +107,9 @@ class GenerateRequest:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    contrastive_alpha: float = 0.0
     stop: tuple[str, ...] = ()
     batch_size: int = 8
     as_trained: bool = True

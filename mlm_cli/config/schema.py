@@ -203,7 +203,7 @@ class TrainSection(Section):
         default=0.0,
         ge=0,
         le=2,
-        description="gpt, t5: against repetition, keep the cosine of a text's tokens in the last layer below 1 minus this"
+        description="gpt, t5: against repetition, keep cosines of a text's tokens in the last layer below 1 minus this"
         " (SimCTG; 0.5 is usual); 0: do not",
     )
     heartbeat: float = Field(
@@ -310,13 +310,29 @@ class EvaluateSection(Section):
 
 
 class GenerateSection(Section):
-    """Sampling of `mlm generate`; its flags win over these keys."""
+    """How `mlm generate` chooses its answers; its flags win over these keys."""
 
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=1.0, ge=0, description="0: greedy")
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
     top_p: float = Field(default=1.0, gt=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0)
+    beams: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="hypotheses of a beam search, which looks for the likeliest text; 1: none",
+    )
+    length_penalty: float = Field(
+        default=1.0, description="of a beam search: scores are divided by length to this power; above 0: longer answers"
+    )
+    contrastive_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of a contrastive search among the `top_k` likeliest tokens: weight of being unlike the text so far"
+        " (0.6 is usual, with a top_k of 4 to 8); 0: none",
+    )
     stop: tuple[str, ...] = ()
     batch_size: int = Field(default=8, ge=1)
     as_trained: bool = Field(

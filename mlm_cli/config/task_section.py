@@ -48,6 +48,15 @@ class TaskSection(Section):
     rouge_tokenize: Literal["ascii", "unicode"] = Field(
         default="ascii", description="summarization: ascii is rouge-score's own; unicode for words beyond a to z"
     )
+    beams: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="texts that are written: hypotheses of a beam search; 1: none",
+    )
+    length_penalty: float = Field(
+        default=1.0, description="of a beam search: scores are divided by length to this power; above 0: longer texts"
+    )
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
         default="13a", description="translation: sacrebleu's way to cut words; zh for Chinese"
     )

@@ -11,7 +11,7 @@ from mlm_cli.config.schema import TaskSection
 
 _ALL = frozenset({"name", "train", "dev", "max_length", "epochs", "metric"})
 _TABLE = frozenset({"text_column", "label_column", "header"})
-_WRITTEN = _TABLE | {"prefix", "suffix", "max_target_length"}
+_WRITTEN = _TABLE | {"prefix", "suffix", "max_target_length", "beams", "length_penalty"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The texts that a model in training or evaluation writes for a task, by ``mlm generate``'s decoder, greedily."""
+"""The texts that a model in training or evaluation writes for a task: greedily, or by beam search (``task.beams``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from mlm_cli.generation.encoder_decoder import decoder_of
-from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
+from mlm_cli.generation.answer import EncodedPrompt, Settings
+from mlm_cli.generation.answerer import decoder_of, make_answerer
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import text_stream
@@ -38,15 +38,16 @@ def write_texts(
         interrupt: called by all ranks before every few batches of texts; may raise to leave off.
     """
     tensor, data = model.parallel.tensor, model.parallel.data
-    decoder = decoder_of(
-        model,
-        batch_size,
-        max_new_tokens=task.section.max_target_length,
-        start_id=task.start_id,
-        max_length=task.encoder.max_length,
+    section = task.section
+    settings = Settings(
+        Sampling(temperature=0.0),
+        section.max_target_length,
+        end_ids=task.end_ids,
+        beams=section.beams,
+        length_penalty=section.length_penalty,
     )
-    settings = Settings(Sampling(temperature=0.0), task.section.max_target_length, end_ids=task.end_ids)
-    generator = Generator(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
+    decoder = decoder_of(model, batch_size, settings, start_id=task.start_id, max_length=task.encoder.max_length)
+    answerer = make_answerer(decoder, settings, lambda: text_stream(task.encoder.tokenizer))
     written: dict[int, str] = {}
     together = _ROUND * batch_size * data.size  # units that all ranks write between two looks at `interrupt`
     for first in range(0, len(features), together):
@@ -59,7 +60,7 @@ def write_texts(
             EncodedPrompt(Prompt(unit, "", unit, f"text {unit}"), features.rows[unit].ids.tolist()) for unit in mine
         )
         with closing(decoder):
-            for place, answer in generator.as_done(prompts):
+            for place, answer in answerer.as_done(prompts):
                 written[mine[place]] = answer.text
                 on_text()
     return gather_units(gather_units(written, tensor), data)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mlm_cli.errors import DataError, MlmError, UsageError
+from mlm_cli.generation.answer import EncodedPrompt, Settings
 from mlm_cli.generation.encoding import PromptEncoder
-from mlm_cli.generation.generator import EncodedPrompt, Settings
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 

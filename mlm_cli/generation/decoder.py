@@ -18,7 +18,7 @@ from mlm_cli.generation.step_plan import MOST_ROWS, StepPlan
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import build_info
 
-_END, _EXTEND, _STEP, _DROP, _REST = range(5)
+_END, _EXTEND, _STEP, _DROP, _ARRANGE, _REST = range(6)
 
 
 class Decoder:
@@ -31,15 +31,30 @@ class Decoder:
         num_slots: texts at once.
         max_length: tokens a text may have; unset: the model's context.
         fused: use the fused decoding step where there is one for this model.
+        keep_states: keep the last layer's states, which the fused step does not give.
+
+    Attributes:
+        states: with ``keep_states``, of the tokens of the last ``add`` or ``extend``, ``[s, h]``, or of the last
+            ``step``, ``[b, h]``.
     """
 
-    def __init__(self, model: GPT, num_slots: int = 1, max_length: int | None = None, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        num_slots: int = 1,
+        max_length: int | None = None,
+        *,
+        fused: bool = True,
+        keep_states: bool = False,
+    ) -> None:
         self.model = model
         self.max_length = max_length or model.config.seq_length
         self._group = model.parallel.tensor
         self.num_slots = num_slots
         self._slots = Slots(model, num_slots, self.max_length)
-        self._plan = StepPlan.of(model, self.max_length) if fused else None
+        self._plan = StepPlan.of(model, self.max_length) if fused and not keep_states else None
+        self._keep_states = keep_states
+        self.states = torch.empty(0)
 
     @property
     def used(self) -> int:
@@ -77,6 +92,13 @@ class Decoder:
         self._announce(_DROP, [row])
         self._drop(row)
 
+    def arrange(self, sources: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``sources[i]`` was: texts fork, change places and leave."""
+        assert len(sources) <= self.num_slots and all(0 <= source < self.used for source in sources)
+        if list(sources) != list(range(self.used)):
+            self._announce(_ARRANGE, sources)
+            self._arrange(sources)
+
     def rest(self) -> None:
         """Nothing to do for now: said once in a while, so that those who follow do not take the silence for a loss."""
         self._announce(_REST, [])
@@ -102,6 +124,8 @@ class Decoder:
                 self._step(values[:count])
             elif kind == _DROP:
                 self._drop(values[0])
+            elif kind == _ARRANGE:
+                self._arrange(values[:count])
             else:
                 row, length = values[:2]
                 tokens = torch.zeros(length, dtype=torch.int64, device=device)
@@ -121,6 +145,14 @@ class Decoder:
         self._slots.drop(row)
 
     @torch.inference_mode()
+    def _arrange(self, sources: Sequence[int]) -> None:
+        self._slots.arrange(sources)
+
+    def _keep(self, states: Tensor) -> None:
+        if self._keep_states:
+            self.states = states
+
+    @torch.inference_mode()
     def _extend(self, row: int, tokens: Sequence[int]) -> Tensor:
         slots, model = self._slots, self.model
         if row == slots.used:
@@ -129,6 +161,7 @@ class Decoder:
         cache = slots.row_cache(row)
         hidden = model.hidden(torch.tensor([tokens], device=model.parallel.device), cache=cache)
         slots.lengths[row] = cache.length
+        self._keep(hidden[0])
         return model.gather_logits(model.logits(hidden[0, -1]))
 
     @torch.inference_mode()
@@ -138,7 +171,9 @@ class Decoder:
         new = torch.tensor(tokens, device=model.parallel.device)
         if self._plan is not None and len(tokens) <= MOST_ROWS:
             return self._plan.logits(new, slots)
-        return model.gather_logits(model.logits(self._hidden(new[:, None])))[:, 0]
+        hidden = self._hidden(new[:, None])
+        self._keep(hidden[:, 0])
+        return model.gather_logits(model.logits(hidden))[:, 0]
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """The model's own layers over one token a row, [b, 1] -> [b, 1, h]."""

@@ -10,9 +10,10 @@ from types import FrameType
 
 from mlm_cli import log
 from mlm_cli.data.tokenizer import Tokenizer
+from mlm_cli.generation.answer import Answer, EncodedPrompt, Settings
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.encoding import PromptEncoder
-from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
+from mlm_cli.generation.generator import Generator
 from mlm_cli.generation.output import AnswerWriter
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.text_stream import text_stream

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.models.gpt import GPT
-from mlm_cli.models.model import Model
+from mlm_cli.generation.slots import arrange_rows
 from mlm_cli.models.t5 import T5
 
 _FIRST_KEYS = 64
@@ -25,10 +24,13 @@ class EncoderDecoder(Decoder):
         num_slots: texts at once.
         max_length: tokens an answer may have, the one it begins with included.
         start_id: begins every answer (the padding token).
+        keep_states: see ``Decoder``.
     """
 
-    def __init__(self, model: T5, num_slots: int = 1, *, max_length: int, start_id: int) -> None:
-        super().__init__(model, num_slots, max_length, fused=False)  # type: ignore[arg-type]
+    def __init__(
+        self, model: T5, num_slots: int = 1, *, max_length: int, start_id: int, keep_states: bool = False
+    ) -> None:
+        super().__init__(model, num_slots, max_length, fused=False, keep_states=keep_states)  # type: ignore[arg-type]
         self.t5, self.start_id = model, start_id
         self._read = _CrossSlots(model, num_slots)
 
@@ -39,6 +41,11 @@ class EncoderDecoder(Decoder):
     def _drop(self, row: int) -> None:
         super()._drop(row)
         self._read.drop(row)
+
+    @torch.inference_mode()
+    def _arrange(self, sources: Sequence[int]) -> None:
+        super()._arrange(sources)
+        self._read.arrange(sources)
 
     @torch.inference_mode()
     def _extend(self, row: int, tokens: Sequence[int]) -> Tensor:
@@ -53,6 +60,7 @@ class EncoderDecoder(Decoder):
         start = torch.tensor([[self.start_id]], device=device)
         hidden = model.decode(start, start.new_zeros(1), cache.layers, keys, num_keys=1)
         slots.lengths[row] = 1
+        self._keep(hidden[0])
         return model.gather_logits(model.logits(hidden[0, -1]))
 
     @torch.inference_mode()
@@ -63,23 +71,8 @@ class EncoderDecoder(Decoder):
         new = torch.tensor(tokens, device=model.parallel.device)[:, None]
         keys, visible = self._read.all()
         hidden = model.decode(new, slots.positions, list(slots.layers), keys, num_keys=slots.longest, visible=visible)
+        self._keep(hidden[:, 0])
         return model.gather_logits(model.logits(hidden))[:, 0]
-
-
-def decoder_of(
-    model: Model, rows: int, *, max_new_tokens: int, start_id: int | None, max_length: int | None = None
-) -> Decoder:
-    """What decodes up to ``rows`` texts of a model at once.
-
-    Args:
-        max_new_tokens: longest answer of an encoder-decoder, which ``start_id`` begins.
-        max_length: of a causal model, longest prompt and answer; unset: its context.
-    """
-    if isinstance(model, T5):
-        assert start_id is not None
-        return EncoderDecoder(model, rows, max_length=max_new_tokens + 1, start_id=start_id)
-    assert isinstance(model, GPT)
-    return Decoder(model, rows, max_length)
 
 
 class _CrossSlots:
@@ -111,6 +104,11 @@ class _CrossSlots:
             layer.keys[row], layer.values[row] = layer.keys[last], layer.values[last]
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
+
+    def arrange(self, sources: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``sources[i]`` was."""
+        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
+        self.lengths = arrange_rows(tensors, self.lengths, sources)
 
     def all(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Of every layer the rows in use, as long as the longest; and ``[b, 1, 1, keys]``, which are tokens."""

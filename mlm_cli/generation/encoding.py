@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from mlm_cli.data.special_tokens import Frame
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError
-from mlm_cli.generation.generator import EncodedPrompt
+from mlm_cli.generation.answer import EncodedPrompt
 from mlm_cli.generation.prompts import Prompt
 
 

@@ -7,107 +7,32 @@ the model and the settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mlm_cli.errors import NumericsError, UsageError
+from mlm_cli.generation.answer import Answer, Draft, EncodedPrompt, Settings, in_order
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling, choose, uniform
-from mlm_cli.generation.stopping import StopScanner
 from mlm_cli.generation.text_stream import TextStream
 
-# eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
-# error: the model's logits are not numbers.
-FinishReason = Literal["eod", "stop", "length", "context", "interrupted", "error"]
-NOT_NUMBERS = "the model's logits are not finite numbers"
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What was made of a prompt.
+@dataclass(eq=False, kw_only=True)
+class _Row(Draft):
+    """A text in a row of the decoder.
 
     Attributes:
-        text: without the prompt, the stop string and special tokens.
-        tokens: the ids behind the text, without the end-of-document id; those of a stop string are among them.
+        rule: its sampling without the seed: rows with the same one are chosen for together.
+        position: its place among the prompts.
+        seen: ids of prompt and answer so far, ``length`` of them, where there is a repetition penalty.
     """
 
-    prompt: Prompt
-    text: str
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    tokens: list[int]
-
-    def record(self) -> dict[str, Any]:
-        """The line of JSON: fields of the prompt's own line first, those of the answer win."""
-        return {
-            **self.prompt.fields,
-            "id": self.prompt.id,
-            "prompt": self.prompt.text,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_tokens": len(self.tokens),
-        }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How every prompt of a run is answered.
-
-    Attributes:
-        sampling: how a token is chosen.
-        max_new_tokens: longest answer.
-        stops: an answer ends before the first of these strings.
-        end_ids: ids that end a text.
-    """
-
-    sampling: Sampling
-    max_new_tokens: int = 128
-    stops: tuple[str, ...] = ()
-    end_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens {self.max_new_tokens} leaves nothing to do", hint="use 1 or more")
-        StopScanner(self.stops)  # refuses empty stop strings
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt and its token ids, at least one and at most the model's context.
-
-    ``settings``: of this prompt alone, instead of those of all.
-    """
-
-    prompt: Prompt
-    tokens: Sequence[int]
-    settings: Settings | None = None
-
-
-@dataclass
-class _Row:
-    """A text in the making."""
-
-    source: EncodedPrompt
-    settings: Settings
-    rule: Sampling  # without the seed: rows with the same one are chosen for together
-    num_prefix: int  # tokens the answer goes on from
+    rule: Sampling
     position: int
-    stream: TextStream
-    scanner: StopScanner
     seen: Tensor
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-    @property
-    def length(self) -> int:
-        return self.num_prefix + len(self.tokens)
 
 
 class Generator:
@@ -143,13 +68,7 @@ class Generator:
 
     def answers(self, prompts: Iterable[EncodedPrompt]) -> Iterator[Answer]:
         """The answers, in the order of the prompts, each as soon as it and all before it are done."""
-        waiting: dict[int, Answer] = {}
-        next_out = 0
-        for position, answer in self.as_done(iter(prompts)):
-            waiting[position] = answer
-            while next_out in waiting:
-                yield waiting.pop(next_out)
-                next_out += 1
+        return in_order(self.as_done(iter(prompts)))
 
     def as_done(self, prompts: Iterator[EncodedPrompt | None]) -> Iterator[tuple[int, Answer]]:
         """(place among the prompts, answer) as they are done.
@@ -186,7 +105,7 @@ class Generator:
         while text.finish is None:
             self._accept([text], self._decoder.step([text.tokens[-1]]))
         self._rows = []
-        return self._answer(text)
+        return text.answer()
 
     def _begin(self, source: EncodedPrompt, position: int) -> _Row:
         settings = source.settings or self._settings
@@ -194,8 +113,17 @@ class Generator:
         if settings.sampling.repetition_penalty != 1:
             seen = torch.empty(self._decoder.max_length + 1, dtype=torch.int64)
             seen[: len(prefix)] = torch.tensor(prefix)
-        rule, scanner = replace(settings.sampling, seed=0), StopScanner(settings.stops)
-        row = _Row(source, settings, rule, len(prefix), position, self._new_stream(), scanner, seen)
+        row = _Row(
+            source,
+            settings,
+            len(prefix),
+            self._decoder.max_length,
+            self._new_stream(),
+            self._show,
+            rule=replace(settings.sampling, seed=0),
+            position=position,
+            seen=seen,
+        )
         self._rows.append(row)
         return row
 
@@ -207,7 +135,7 @@ class Generator:
             if interrupted and row.finish is None:
                 row.finish = "interrupted"
             if row.finish is not None:
-                self._end(row)
+                row.let_out()
 
     def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
         """The next token of each row, by its own rule."""
@@ -231,38 +159,12 @@ class Generator:
     def _take(self, row: _Row, token: int) -> None:
         """Add one token to a row, and see whether that ends it."""
         if token < 0:
-            if self._strict:
-                raise NumericsError(NOT_NUMBERS, hint="check the checkpoint, or use fp32")
-            row.finish = "error"
+            row.fail(strict=self._strict)
             return
-        if token in row.settings.end_ids:
-            row.finish = "eod"
-            return
-        if len(row.seen):
-            row.seen[row.length] = token
-        row.tokens.append(token)
-        self._say(row, row.scanner.feed(row.stream.feed(token)))
-        if row.scanner.found is not None:
-            row.finish = "stop"
-        elif len(row.tokens) >= row.settings.max_new_tokens:
-            row.finish = "length"
-        elif row.length > self._decoder.max_length:
-            row.finish = "context"
-
-    def _end(self, row: _Row) -> None:
-        """Let out what was held back."""
-        if row.finish != "stop":
-            self._say(row, row.scanner.feed(row.stream.flush()))
-            if row.scanner.found is None:
-                self._say(row, row.scanner.flush())
-            else:
-                row.finish = "stop"
-
-    def _say(self, row: _Row, piece: str) -> None:
-        if piece:
-            row.pieces.append(piece)
-            if self._show is not None:
-                self._show(row.source.prompt, piece)
+        length = row.length
+        row.take(token)
+        if len(row.seen) and row.length > length:
+            row.seen[length] = token
 
     def _retire(self) -> Iterator[tuple[int, Answer]]:
         """Move finished rows out; the last row takes the place, in the decoder and here."""
@@ -273,8 +175,4 @@ class Generator:
                 last = self._rows.pop()
                 if last is not row:
                     self._rows[index] = last
-                yield row.position, self._answer(row)
-
-    def _answer(self, row: _Row) -> Answer:
-        assert row.finish is not None
-        return Answer(row.source.prompt, "".join(row.pieces), row.finish, len(row.source.tokens), row.tokens)
+                yield row.position, row.answer()

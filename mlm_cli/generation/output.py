@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TextIO
 
 from mlm_cli.errors import UsageError
-from mlm_cli.generation.generator import Answer
+from mlm_cli.generation.answer import Answer
 from mlm_cli.generation.prompts import Prompt
 
 

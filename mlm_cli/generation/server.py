@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 
 from mlm_cli.errors import MlmError, ResourceError, UsageError
 from mlm_cli.generation import completions
+from mlm_cli.generation.answer import NOT_NUMBERS, Answer, EncodedPrompt, Settings
 from mlm_cli.generation.completions import Asked, CompletionRequest, Refusal
-from mlm_cli.generation.generator import NOT_NUMBERS, Answer, EncodedPrompt, Settings
 from mlm_cli.generation.service import Job, Service
 
 _FINISH = {"eod": "stop", "stop": "stop", "length": "length", "context": "length"}

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mlm_cli.errors import ResourceError
+from mlm_cli.generation.answer import Answer, EncodedPrompt, Settings
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
+from mlm_cli.generation.generator import Generator
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.text_stream import TextStream
 

@@ -6,6 +6,8 @@ that ends leaves its row to the last one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,10 @@ class Slots:
             self.lengths[row] = length
         self.lengths.pop()
 
+    def arrange(self, sources: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``sources[i]`` was; there are as many rows as ``sources`` from now on."""
+        self.lengths = arrange_rows(self.tensors, self.lengths, sources)
+
     def begin_step(self) -> None:
         """Every row in use grows by one token, to be stored by whoever runs the coming step."""
         lengths = self.lengths
@@ -114,3 +120,14 @@ class Slots:
         device = self.positions.device
         self.rows = torch.arange(self.used, device=device)
         return (torch.arange(self.longest, device=device) <= self.positions[:, None])[:, None, None]
+
+
+def arrange_rows(tensors: Sequence[Tensor], lengths: Sequence[int], sources: Sequence[int]) -> list[int]:
+    """Copy rows of ``tensors [slots, n, capacity, d]``, of which ``lengths`` are in use; returns the lengths after."""
+    moved = [(row, source) for row, source in enumerate(sources) if row != source]
+    if moved:
+        rows, old = torch.tensor(moved, device=tensors[0].device).T
+        longest = max(lengths[source] for _, source in moved)
+        for tensor in tensors:
+            tensor[rows, :, :longest] = tensor[old, :, :longest]
+    return [lengths[source] for source in sources]

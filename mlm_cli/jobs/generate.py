@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from mlm_cli.checkpoint.text_ends import end_ids, start_id
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import UsageError
 from mlm_cli.generation import prompts as prompt_sources
+from mlm_cli.generation.answer import EncodedPrompt, Settings
+from mlm_cli.generation.answerer import decoder_of, make_answerer
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.dialogue import Dialogue
-from mlm_cli.generation.encoder_decoder import decoder_of
 from mlm_cli.generation.encoding import PromptEncoder
-from mlm_cli.generation.generator import EncodedPrompt, Generator, Settings
 from mlm_cli.generation.output import AnswerWriter
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
@@ -63,7 +63,7 @@ def run(request: GenerateRequest) -> int:
         folder = resolve_model(request.model)
         if env.rank == 0:
             return _lead(request, settings, folder, parallel)
-        return _follow(request, folder, parallel)
+        return _follow(request, settings, folder, parallel)
     finally:
         distributed.shutdown()
 
@@ -74,10 +74,23 @@ def _settings(request: GenerateRequest) -> Settings:
     )
     if request.batch_size < 1:
         raise UsageError(f"batch size {request.batch_size} is below 1")
-    return Settings(sampling, request.max_new_tokens, request.stop)
+    settings = Settings(
+        sampling,
+        request.max_new_tokens,
+        request.stop,
+        beams=request.beams,
+        length_penalty=request.length_penalty,
+        contrastive_alpha=request.contrastive_alpha,
+    )
+    if settings.searches and (request.serve or request.interactive):
+        raise UsageError(
+            f"`{'--serve' if request.serve else '--interactive'}` samples its answers; it cannot search for them",
+            hint="leave generate.beams and generate.contrastive_alpha out",
+        )
+    return settings
 
 
-def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> int:
+def _follow(request: GenerateRequest, settings: Settings, folder: Path, parallel: ParallelContext) -> int:
     """Any other rank."""
     with _meeting(parallel) as told:
         model = _load(request, folder, parallel)
@@ -86,7 +99,7 @@ def _follow(request: GenerateRequest, folder: Path, parallel: ParallelContext) -
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if request.serve:  # rank 0 finishes what is under way, and then lets the others go
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _decoder(request, folder, model).follow()
+        _decoder(request, settings, folder, model).follow()
     return 0
 
 
@@ -97,13 +110,13 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         _check_family(section, request)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
-        settings = Settings(settings.sampling, settings.max_new_tokens, settings.stops, end_ids(folder, tokenizer))
+        settings = replace(settings, end_ids=end_ids(folder, tokenizer))
         affixes = prompt_affixes(config, section.family) if request.as_trained and not request.interactive else ("", "")
         encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
-        decoder = _decoder(request, folder, _load(request, folder, parallel))
+        decoder = _decoder(request, settings, folder, _load(request, folder, parallel))
         told.ready = True
     try:
         if web is not None:
@@ -151,11 +164,11 @@ def _check_family(section: ModelSection, request: GenerateRequest) -> None:
         )
 
 
-def _decoder(request: GenerateRequest, folder: Path, model: Model) -> Decoder:
+def _decoder(request: GenerateRequest, settings: Settings, folder: Path, model: Model) -> Decoder:
     """What runs the model, equal on all ranks."""
-    rows = 1 if request.interactive else request.batch_size
+    texts = 1 if request.interactive else request.batch_size
     start = start_id(folder, model.config) if model.config.family == "t5" else None
-    return decoder_of(model, rows, max_new_tokens=request.max_new_tokens, start_id=start)
+    return decoder_of(model, texts, settings, start_id=start)
 
 
 def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> Model:
@@ -192,10 +205,10 @@ def _answer_all(
     many = request.prompts_file is not None or len(request.prompts) > 1
     with AnswerWriter(request.output, as_json=request.format == "json", many=many) as writer:
         show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
-        generator = Generator(decoder, settings, lambda: text_stream(tokenizer), show=show)
+        answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer), show)
         begin = time.perf_counter()
         num_answers = num_tokens = cut = 0
-        for answer in generator.answers(prompts):
+        for answer in answerer.answers(prompts):
             writer.write(answer)
             num_answers += 1
             num_tokens += len(answer.tokens)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_cli import log
 from mlm_cli.errors import UsageError
+from mlm_cli.generation.answer import Settings
 from mlm_cli.generation.encoding import PromptEncoder
-from mlm_cli.generation.generator import Settings
 from mlm_cli.generation.service import Service
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import transformers
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.config.requests import GenerateRequest
 from mlm_cli.errors import CheckpointError, UsageError
+from mlm_cli.generation.answer import Answer, EncodedPrompt, Settings
 from mlm_cli.generation.encoder_decoder import EncoderDecoder
-from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
+from mlm_cli.generation.generator import Generator
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import TextStream
@@ -36,11 +37,10 @@ class Pair(NamedTuple):
     model: transformers.PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=["v1.0", "v1.1"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("t5")
+def make_t5(folder: Path, kind: str) -> transformers.PreTrainedModel:
+    """A random model, ``v1.0`` or ``v1.1``, saved; its greedy text does not just repeat itself."""
     torch.manual_seed(0)
-    settings = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if request.param == "v1.1" else {}
+    settings = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if kind == "v1.1" else {}
     config = transformers.T5Config(
         vocab_size=400, d_model=64, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
         relative_attention_max_distance=40, decoder_start_token_id=0, n_positions=128, **settings,
@@ -55,6 +55,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             if "shared" in name:
                 param.mul_(0.3)
     model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=["v1.0", "v1.1"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("t5")
+    model = make_t5(folder, request.param)
     save_tokenizer(folder, TEXTS)
     return Pair(folder, model)
 

@@ -11,8 +11,9 @@ import pytest
 
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.errors import NumericsError, ResourceError
+from mlm_cli.generation.answer import Answer, EncodedPrompt, Settings
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.generator import Answer, EncodedPrompt, Generator, Settings
+from mlm_cli.generation.generator import Generator
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Job, Service

@@ -18,8 +18,9 @@ from mlm_cli.checkpoint.hub import load_model_folder, resolve_model
 from mlm_cli.checkpoint.manifest import find_damage, read_manifest
 from mlm_cli.cli.app import run as mlm
 from mlm_cli.data.tokenizer import load_tokenizer
+from mlm_cli.generation.answer import Settings
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.generator import Generator, Settings
+from mlm_cli.generation.generator import Generator
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.parallel.context import ParallelContext
 from tests.checkpoint import megatron_oracle_files as megatron

@@ -1,0 +1,87 @@
+"""Contrastive search: of the likeliest tokens the one whose state is least like those of the text so far.
+
+Su et al. 2022, A Contrastive Framework for Neural Text Generation, equation 5: ``argmax (1 - alpha) p(v) - alpha max
+cos(h_v, h_j)`` over the ``top_k`` likeliest tokens ``v`` and all earlier tokens ``j``. For models trained with
+``train.contrastive_margin`` above all: where states of all tokens are alike, there is little to choose by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_cli.generation.answer import Settings
+from mlm_cli.generation.decoder import Decoder
+from mlm_cli.generation.prompts import Prompt
+from mlm_cli.generation.search import Search, Searched
+from mlm_cli.generation.text_stream import TextStream
+
+
+@dataclass(eq=False, kw_only=True)
+class _Contrasted(Searched):
+    """A text with the directions of its tokens' states.
+
+    Attributes:
+        states: ``[room, h]`` float32 of length 1, the first ``length`` in use.
+        probabilities: ``[top_k]`` of ``next_tokens``.
+    """
+
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class ContrastiveSearch(Search[_Contrasted]):
+    """Answers prompts by contrastive search; see ``Search``.
+
+    Args:
+        decoder: made with ``keep_states``.
+        top_k: tokens to choose among, at least 2.
+        alpha: 0 (the likeliest token) to 1 (the least similar one).
+    """
+
+    text_type = _Contrasted
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: Settings,
+        new_stream: Callable[[], TextStream],
+        *,
+        top_k: int,
+        alpha: float,
+        show: Callable[[Prompt, str], None] | None = None,
+    ) -> None:
+        super().__init__(decoder, settings, new_stream, width=top_k, show=show)
+        self._alpha = alpha
+
+    def _begin(self, text: _Contrasted, logits: Tensor) -> None:
+        states = F.normalize(self._decoder.states.float(), dim=-1)
+        text.states = states.new_empty(text.num_prefix + text.limit, states.shape[-1])
+        text.states[: text.num_prefix] = states
+        self._propose(text, logits)
+
+    def _propose(self, text: _Contrasted, logits: Tensor) -> None:
+        """The likeliest tokens, one a row, behind ``logits [v]``."""
+        logits = logits.clone()
+        self._penalise(logits, text, text.tokens)
+        text.probabilities, tokens = torch.softmax(logits, -1).topk(self._width)
+        text.next_tokens = tokens.tolist()
+
+    def _take(self, logits: Tensor) -> None:
+        texts, width = self._texts, self._width
+        states = F.normalize(self._decoder.states.float(), dim=-1).view(len(texts), width, -1)
+        alike = torch.stack(
+            [(own @ text.states[: text.length].T).amax(-1) for text, own in zip(texts, states, strict=True)]
+        )
+        probabilities = torch.stack([text.probabilities for text in texts])
+        chosen = ((1 - self._alpha) * probabilities - self._alpha * alike).argmax(-1).tolist()
+        for text, own, row, rows in zip(texts, states, chosen, logits, strict=True):
+            text.states[text.length] = own[row]
+            text.parents = [row] * width
+            text.take(text.next_tokens[row])
+            if text.finish is None:
+                self._propose(text, rows[row])
