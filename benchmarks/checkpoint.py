@@ -189,7 +189,9 @@ def main() -> None:
         found = {"save": role_save, "load": role_load}[args.role](args)
         if os.environ["RANK"] == "0":
             print(json.dumps(found), flush=True)
-        return
+        from mlm_cli import distributed
+
+        distributed.leave(0)
     from interleave import save
 
     report: dict[str, Any] = {"saves": {}, "resume": {}}

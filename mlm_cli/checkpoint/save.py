@@ -58,7 +58,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete: its step and folder; seconds that training waited, and that it took."""
+    """A checkpoint that is complete: its step and folder; seconds that training waited, and that were spent on it."""
 
     step: int
     folder: Path
@@ -77,6 +77,7 @@ class _Pending:
     position: Position
     metrics: dict[str, float]
     work: Work[_Written]
+    aside: bool  # training goes on meanwhile
     blocked: float
 
 
@@ -175,7 +176,7 @@ class Checkpointer:
             return self._write(temporary, written or self._start_state(temporary, state), later, weights)
 
         work = Work(write, in_thread=aside)
-        self._pending = _Pending(position, metrics or {}, work, time.perf_counter() - begin)
+        self._pending = _Pending(position, metrics or {}, work, aside, time.perf_counter() - begin)
         return before if aside else self.finish()
 
     @property
@@ -206,7 +207,7 @@ class Checkpointer:
         self.last_saved = position.step
         self.committed(position, metrics)
         blocked = pending.blocked + time.perf_counter() - begin
-        return Saved(position.step, final, blocked, max(pending.work.seconds, blocked))
+        return Saved(position.step, final, blocked, blocked + (pending.work.seconds if pending.aside else 0.0))
 
     def _best_steps(self) -> list[int]:
         """Steps of the ``keep_best`` checkpoints with the lowest validation loss; of equals the earlier."""

@@ -91,6 +91,8 @@ def generate(
       mlm generate runs/gpt --prompt "def main(" --max-new-tokens 64
       mlm generate runs/gpt --prompts questions.jsonl --temperature 0 --format json > answers.jsonl
       echo "Once upon a time" | mlm generate runs/gpt --top-p 0.9 --seed 7
+      mlm generate runs/t5 --prompts texts.jsonl generate.beams=4
+      mlm generate runs/gpt --prompt "The " generate.contrastive_alpha=0.6 --top-k 4
       mlm generate runs/gpt --interactive --nproc 2
       mlm generate runs/gpt --serve --port 8000 --batch-size 16
     """

@@ -164,6 +164,26 @@ def test_zero_3_trains_and_is_scored_afterwards(toy: Path, tmp_path: Path, run_r
     assert results["n-samples"]["text_generation"] == {"original": 24, "effective": 6}
 
 
+def test_beams_write_the_dev_file_as_they_answer_prompts(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(toy, tmp_path / "run", train__steps=20, evaluate__every=0, task__beams=3)
+    assert run(recipe) == 0
+    assert evaluate.run(EvaluateRequest(str(tmp_path / "run"), ("text_generation",))) == 0
+    written = (tmp_path / "run/evaluate/predictions.txt").read_text().splitlines()
+    capsys.readouterr()
+    prompts = tuple((toy / "dev.en").read_text().splitlines())
+    texts = []
+    for beams in (3, 1):
+        request = GenerateRequest(
+            str(tmp_path / "run"), prompts, temperature=0.0, beams=beams, max_new_tokens=16, format="json"
+        )
+        assert generate.run(request) == 0
+        lines = capsys.readouterr().out.splitlines()
+        texts.append([" ".join(json.loads(line)["text"].split()) for line in lines])
+    assert texts[0] == written != texts[1]
+
+
 def captions(test_data: Path, folder: Path) -> None:
     for language in ("en", "de"):
         lines = read(test_data / f"finetune/multi30k/val.{language}.gz").splitlines(keepends=True)
