@@ -73,7 +73,8 @@ def evaluate(
     Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
     parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
     regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
-    translation, summarization, text_generation.
+    translation, summarization, text_generation. crows_pairs asks a language model (gpt, bert) which stereotypes it
+    prefers.
 
     \b
     Examples:
@@ -82,6 +83,7 @@ def evaluate(
       mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
       mlm evaluate runs/squad --task question_answering --data dev-v1.1.json -o results/squad
       mlm evaluate runs/de --task translation --data test_2016_flickr -o results/de
+      mlm evaluate runs/bert --task crows_pairs --data crows_pairs_anonymized.csv -o results/bias
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """
@@ -117,7 +119,7 @@ def _job(request: EvaluateRequest) -> int | None:
 def _request(
     recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str, ensemble: bool
 ) -> EvaluateRequest:
-    from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
+    from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, EvaluateRequest
 
     model = words[0] if words else recipe.init_from
     if model is None:
@@ -135,8 +137,9 @@ def _request(
             near = difflib.get_close_matches(task, EVALUATION_TASKS, n=1)
             known = f"known tasks: {', '.join(EVALUATION_TASKS)}"
             raise UsageError(f"unknown task `{task}`", hint=f"did you mean `{near[0]}`?" if near else known)
-    if "perplexity" in recipe.evaluate.tasks and not recipe.evaluate.data:
-        raise UsageError("perplexity needs text", hint="give files or an indexed prefix with --data")
+        if task in NEEDED_DATA and not recipe.evaluate.data:
+            needed, hint = NEEDED_DATA[task]
+            raise UsageError(f"{task} needs {needed}", hint=hint)
     if recipe.evaluate.max_length is not None and recipe.evaluate.tasks != ("perplexity",):
         raise UsageError("evaluate.max_length is for perplexity alone", hint="tasks have task.max_length")
     from_recipe = recipe.task.model_dump(exclude_unset=True) if recipe.task else {}

@@ -12,7 +12,12 @@ from typing import Any, Literal
 from mlm_cli.config.tasks import TASK_KINDS
 
 OutputFormat = Literal["text", "json"]
-EVALUATION_TASKS = ("perplexity", *TASK_KINDS)  # of `mlm evaluate`, known without loading any of them
+# What these tasks of `mlm evaluate` need, which no fine-tuning run names.
+NEEDED_DATA = {
+    "perplexity": ("text", "give files or an indexed prefix with --data"),
+    "crows_pairs": ("its pairs of sentences", "give crows_pairs_anonymized.csv with --data"),
+}
+EVALUATION_TASKS = (*NEEDED_DATA, *TASK_KINDS)  # known without loading any of them
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -36,7 +41,7 @@ class EvaluateRequest:
     Attributes:
         model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
         ensemble: further models whose answers are averaged with those of ``model``.
-        tasks: ``perplexity``, or kinds of task of ``config.tasks``.
+        tasks: ``perplexity``, ``crows_pairs``, or kinds of task of ``config.tasks``.
         data: text files or prefixes of indexed data sets (perplexity), or the task's files.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
         batch_size: windows or examples scored at once on one rank. Never changes a score.

@@ -14,12 +14,13 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import EVALUATION_TASKS, EvaluateRequest
+from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, EvaluateRequest
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
+from mlm_cli.jobs.evaluate_bias import evaluate_bias
 from mlm_cli.jobs.evaluate_task import evaluate_task
 from mlm_cli.jobs.scoring_parts import (
     Progress,
@@ -70,14 +71,17 @@ def _check(request: EvaluateRequest, tasks: Sequence[str]) -> None:
     for name in tasks:
         if name not in EVALUATION_TASKS:
             raise UsageError(f"unknown task `{name}`", hint=f"known tasks: {', '.join(EVALUATION_TASKS)}")
-    if "perplexity" in tasks and not request.data:
-        raise UsageError("perplexity needs text", hint="give files or an indexed prefix with --data")
+        if name in NEEDED_DATA and not request.data:
+            needed, hint = NEEDED_DATA[name]
+            raise UsageError(f"{name} needs {needed}", hint=hint)
     ensemble.distinct(request)
 
 
 def _score(
     task: str, request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext
 ) -> list[TaskResult]:
+    if task == "crows_pairs":
+        return [evaluate_bias(request, members[request.model], parallel, output=_output_folder(request))]
     if task != "perplexity":
         return evaluate_task(task, request, members, parallel, output=_output_folder(request))
     if request.ensemble:

@@ -20,17 +20,27 @@ if TYPE_CHECKING:
     from mlm_cli.config.schema import ModelSection
 
 
-def language_model_section(folder: Path, name: str) -> ModelSection:
-    """The model section of a model that predicts text.
+def untuned_section(folder: Path, name: str) -> ModelSection:
+    """The model section of a model that predicts words.
 
     Raises:
-        UsageError: ``name`` was fine-tuned to a task, or does not read from left to right.
+        UsageError: ``name`` was fine-tuned to a task of another kind.
     """
     section, config = read_model_config(folder)
     task = trained_task(config)
     if task not in (None, *WRITTEN_KINDS) or task_class(config) is not None:
         task = task or "classification"
         raise UsageError(f"{name} was fine-tuned to a task: it predicts no text", hint=f"use --task {task}")
+    return section
+
+
+def language_model_section(folder: Path, name: str) -> ModelSection:
+    """The model section of a model that predicts text from left to right.
+
+    Raises:
+        UsageError: ``name`` was fine-tuned to a task, or does not read from left to right.
+    """
+    section = untuned_section(folder, name)
     if section.family != "gpt":
         what = {"bert": "a masked language model", "t5": "an encoder-decoder"}[section.family]
         raise UsageError(

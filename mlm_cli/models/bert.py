@@ -27,7 +27,7 @@ from mlm_cli.ops import products
 from mlm_cli.parallel.context import SOLO, ParallelContext
 from mlm_cli.parallel.cross_entropy import vocab_parallel_argmax
 from mlm_cli.parallel.layers import new_parameter
-from mlm_cli.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from mlm_cli.parallel.linear_cross_entropy import token_losses, vocab_parallel_linear_cross_entropy
 from mlm_cli.parallel.shard import Shard
 
 
@@ -173,6 +173,13 @@ class Bert(Model):
             rows.append(torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), size]))
             rows.append(torch.stack([(logits.argmax(-1) == labels).double().sum(), size]))
         return torch.stack(rows)
+
+    @torch.no_grad()
+    def masked_losses(self, tokens: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of ``labels [b]`` at ``places [b]`` of ``tokens [b, s]``, which have no padding; ``[b]``."""
+        hidden = self.hidden(tokens)[torch.arange(len(places), device=places.device), places]
+        words, group = self.head.words(hidden), self.parallel.tensor
+        return token_losses(words, self.output_weight, labels, group, self.vocab_size, self.head.bias)
 
     def _masked(self, hidden: Tensor, batch: Batch) -> Tensor:
         """States of the masked places alone, transformed: ``[b * m, h]``."""
