@@ -55,7 +55,7 @@ def generate(
         float | None, typer.Option("--temperature", min=0.0, metavar="T", help="0 is greedy.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=0, metavar="K", help="Sample from the K likeliest; 0: from all.")
+        int | None, typer.Option("--top-k", min=0, metavar="K", help="Choose among the K likeliest; 0: all.")
     ] = None,
     top_p: Annotated[
         float | None,
@@ -84,7 +84,9 @@ def generate(
     MODEL is a run, checkpoint or Hugging Face folder, one of Megatron-LM, or a Hub name.
     Without --prompt, --prompts or --interactive the prompt is read from standard input. With --format json each answer
     is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks. --serve answers
-    POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C.
+    POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C. generate.beams=N looks for the
+    likeliest answer by beam search, generate.contrastive_alpha=A for one that does not repeat itself among the --top-k
+    likeliest tokens.
 
     \b
     Examples:

@@ -324,7 +324,10 @@ class GenerateSection(Section):
         description="hypotheses of a beam search, which looks for the likeliest text; 1: none",
     )
     length_penalty: float = Field(
-        default=1.0, description="of a beam search: scores are divided by length to this power; above 0: longer answers"
+        default=1.0,
+        ge=-10,
+        le=10,
+        description="of a beam search: scores are divided by length to this power; above 0: longer answers",
     )
     contrastive_alpha: float = Field(
         default=0.0,

@@ -55,7 +55,10 @@ class TaskSection(Section):
         description="texts that are written: hypotheses of a beam search; 1: none",
     )
     length_penalty: float = Field(
-        default=1.0, description="of a beam search: scores are divided by length to this power; above 0: longer texts"
+        default=1.0,
+        ge=-10,
+        le=10,
+        description="of a beam search: scores are divided by length to this power; above 0: longer texts",
     )
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
         default="13a", description="translation: sacrebleu's way to cut words; zh for Chinese"

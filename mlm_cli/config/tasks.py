@@ -77,6 +77,12 @@ def check_task(task: TaskSection) -> Iterator[Mistake]:
             f"`task.metric` {task.metric} is not measured by {task.name}",
             f"did you mean `{near[0]}`?" if near else f"use {' or '.join(f'`{name}`' for name in kind.metrics)}",
         )
+    if task.length_penalty != defaults["length_penalty"].default and task.beams == 1:
+        yield Mistake(
+            ("task.length_penalty", "task.beams"),
+            f"`task.length_penalty` {task.length_penalty:g} is for a beam search, and `task.beams` is 1",
+            "use `task.beams=4`, or leave `task.length_penalty` out",
+        )
     if task.name == "embedding" and task.text_pair_column is None:
         yield Mistake(
             ("task.text_pair_column", "task.name"),

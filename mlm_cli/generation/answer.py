@@ -15,6 +15,7 @@ from mlm_cli.generation.text_stream import TextStream
 # eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
 # error: the model's logits are not numbers.
 FinishReason = Literal["eod", "stop", "length", "context", "interrupted", "error"]
+MOST_CANDIDATES = 128  # each is a row of the decoder
 NOT_NUMBERS = "the model's logits are not finite numbers"
 
 
@@ -80,10 +81,16 @@ class Settings:
                 f"generate.beams={self.beams} and generate.contrastive_alpha={self.contrastive_alpha} are two searches",
                 hint="use one of them",
             )
-        if self.contrastive_alpha and self.sampling.top_k < 2:
+        if self.contrastive_alpha and not 2 <= self.sampling.top_k <= MOST_CANDIDATES:
             raise UsageError(
-                f"contrastive search chooses among the top-k likeliest tokens, and top-k is {self.sampling.top_k}",
+                f"contrastive search chooses among the 2 to {MOST_CANDIDATES} likeliest tokens, and top-k is "
+                f"{self.sampling.top_k}",
                 hint="use --top-k 4",
+            )
+        if self.length_penalty != 1 and self.beams == 1:
+            raise UsageError(
+                f"length_penalty {self.length_penalty} is for a beam search, and there is none",
+                hint="set beams too, or leave it out",
             )
         if self.searches:
             self._refuse_sampling()

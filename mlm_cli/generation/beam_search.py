@@ -66,8 +66,8 @@ class BeamSearch(Search[_Beams]):
         self._num_candidates = max(2, 1 + len(settings.end_ids)) * beams
         if self._num_candidates > decoder.model.vocab_size:
             raise UsageError(
-                f"generate.beams={beams} chooses among {self._num_candidates} tokens at a time, and the vocabulary has "
-                f"{decoder.model.vocab_size}",
+                f"a search with {beams} beams chooses among {self._num_candidates} tokens at a time, and the "
+                f"vocabulary has {decoder.model.vocab_size}",
                 hint="use fewer beams",
             )
 

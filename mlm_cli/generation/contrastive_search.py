@@ -2,7 +2,8 @@
 
 Su et al. 2022, A Contrastive Framework for Neural Text Generation, equation 5: ``argmax (1 - alpha) p(v) - alpha max
 cos(h_v, h_j)`` over the ``top_k`` likeliest tokens ``v`` and all earlier tokens ``j``. For models trained with
-``train.contrastive_margin`` above all: where states of all tokens are alike, there is little to choose by.
+``train.contrastive_margin`` above all: where states of all tokens are alike, there is little to choose by. The last
+token of a full context has no state, for it is never read: there the likeliest is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlm_cli.errors import UsageError
 from mlm_cli.generation.answer import Settings
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.prompts import Prompt
@@ -41,6 +43,9 @@ class ContrastiveSearch(Search[_Contrasted]):
         decoder: made with ``keep_states``.
         top_k: tokens to choose among, at least 2.
         alpha: 0 (the likeliest token) to 1 (the least similar one).
+
+    Raises:
+        UsageError: more tokens to choose among than there are.
     """
 
     text_type = _Contrasted
@@ -57,6 +62,10 @@ class ContrastiveSearch(Search[_Contrasted]):
     ) -> None:
         super().__init__(decoder, settings, new_stream, width=top_k, show=show)
         self._alpha = alpha
+        if top_k > decoder.model.vocab_size:
+            raise UsageError(
+                f"top-k {top_k} is more than the vocabulary of {decoder.model.vocab_size}", hint="use --top-k 4"
+            )
 
     def _begin(self, text: _Contrasted, logits: Tensor) -> None:
         states = F.normalize(self._decoder.states.float(), dim=-1)
@@ -65,11 +74,13 @@ class ContrastiveSearch(Search[_Contrasted]):
         self._propose(text, logits)
 
     def _propose(self, text: _Contrasted, logits: Tensor) -> None:
-        """The likeliest tokens, one a row, behind ``logits [v]``."""
+        """The likeliest tokens, one a row, behind ``logits [v]``; where there is no room for one, it is taken."""
         logits = logits.clone()
         self._penalise(logits, text, text.tokens)
         text.probabilities, tokens = torch.softmax(logits, -1).topk(self._width)
         text.next_tokens = tokens.tolist()
+        if text.length == text.max_length:
+            text.take(text.next_tokens[0])
 
     def _take(self, logits: Tensor) -> None:
         texts, width = self._texts, self._width

@@ -156,7 +156,7 @@ class Decoder:
     def _extend(self, row: int, tokens: Sequence[int]) -> Tensor:
         slots, model = self._slots, self.model
         if row == slots.used:
-            slots.lengths.append(0)
+            slots.begin_row()
         slots.reserve(slots.lengths[row] + len(tokens))
         cache = slots.row_cache(row)
         hidden = model.hidden(torch.tensor([tokens], device=model.parallel.device), cache=cache)

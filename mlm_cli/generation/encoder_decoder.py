@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.slots import arrange_rows
+from mlm_cli.generation.slots import copy_rows
 from mlm_cli.models.t5 import T5
 
 _FIRST_KEYS = 64
@@ -44,8 +45,8 @@ class EncoderDecoder(Decoder):
 
     @torch.inference_mode()
     def _arrange(self, sources: Sequence[int]) -> None:
+        self._read.arrange(sources, self._slots.shared)
         super()._arrange(sources)
-        self._read.arrange(sources)
 
     @torch.inference_mode()
     def _extend(self, row: int, tokens: Sequence[int]) -> Tensor:
@@ -55,7 +56,7 @@ class EncoderDecoder(Decoder):
         device = model.parallel.device
         keys = model.cross_keys(model.encode(torch.tensor([tokens], device=device)))
         self._read.add(keys)
-        slots.lengths.append(0)
+        slots.begin_row()
         cache = slots.row_cache(row)
         start = torch.tensor([[self.start_id]], device=device)
         hidden = model.decode(start, start.new_zeros(1), cache.layers, keys, num_keys=1)
@@ -105,10 +106,12 @@ class _CrossSlots:
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
-    def arrange(self, sources: Sequence[int]) -> None:
-        """Row ``i`` becomes what row ``sources[i]`` was."""
+    def arrange(self, sources: Sequence[int], shared: np.ndarray) -> None:
+        """Row ``i`` becomes what row ``sources[i]`` was. Rows with ``shared`` tokens in their answers read one text."""
         tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
-        self.lengths = arrange_rows(tensors, self.lengths, sources)
+        lengths = [self.lengths[source] for source in sources]
+        copy_rows(tensors, lengths, sources, np.where(shared > 0, self._cache.max_length, 0))
+        self.lengths = lengths
 
     def all(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Of every layer the rows in use, as long as the longest; and ``[b, 1, 1, keys]``, which are tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,14 @@ class Slots:
         lengths: tokens stored in each row in use.
         positions: [b] where the token of the current step goes, on the model's device.
         tensors: keys and values of the layers in turn.
+        shared: ``[slots, slots]`` tokens that two rows have in common at their beginning, as far as one was copied to
+            the other.
     """
 
     def __init__(self, model: GPT, num_slots: int, max_length: int) -> None:
         self._model, self.num_slots, self.max_length = model, num_slots, max_length
         self.lengths: list[int] = []
+        self.shared = np.zeros((num_slots, num_slots), dtype=np.int64)
         self.capacity = 0
         self.layers: list[_SlotLayer] = []
         self.rows = self.positions = torch.empty(0, dtype=torch.int64)
@@ -59,6 +63,11 @@ class Slots:
     @property
     def used(self) -> int:
         return len(self.lengths)
+
+    def begin_row(self) -> None:
+        """An empty row behind those in use."""
+        self.shared[self.used] = self.shared[:, self.used] = 0
+        self.lengths.append(0)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of ``length`` tokens; at least doubles, so that growing costs little in sum."""
@@ -98,16 +107,24 @@ class Slots:
                 layer.keys[row, :, :length] = layer.keys[last, :, :length]
                 layer.values[row, :, :length] = layer.values[last, :, :length]
             self.lengths[row] = length
+            self.shared[row], self.shared[:, row] = self.shared[last], self.shared[:, last]
+        self.shared[last] = self.shared[:, last] = 0
         self.lengths.pop()
 
     def arrange(self, sources: Sequence[int]) -> None:
         """Row ``i`` becomes what row ``sources[i]`` was; there are as many rows as ``sources`` from now on."""
-        self.lengths = arrange_rows(self.tensors, self.lengths, sources)
+        lengths, old = [self.lengths[source] for source in sources], np.array(sources, dtype=np.int64)
+        copy_rows(self.tensors, lengths, sources, self.shared)
+        same = old[:, None] == old
+        self.shared[: len(old), : len(old)] = np.where(same, np.array(lengths), self.shared[np.ix_(old, old)])
+        self.shared[len(old) :] = self.shared[:, len(old) :] = 0
+        self.lengths = lengths
 
     def begin_step(self) -> None:
         """Every row in use grows by one token, to be stored by whoever runs the coming step."""
         lengths = self.lengths
         self.longest = max(lengths) + 1
+        assert self.longest <= self.max_length, "there is no room for what comes behind a full context"
         self.reserve(self.longest)
         self.even = min(lengths) == self.longest - 1
         self.positions = torch.tensor(lengths, device=self.layers[0].keys.device)
@@ -122,12 +139,18 @@ class Slots:
         return (torch.arange(self.longest, device=device) <= self.positions[:, None])[:, None, None]
 
 
-def arrange_rows(tensors: Sequence[Tensor], lengths: Sequence[int], sources: Sequence[int]) -> list[int]:
-    """Copy rows of ``tensors [slots, n, capacity, d]``, of which ``lengths`` are in use; returns the lengths after."""
+def copy_rows(tensors: Sequence[Tensor], lengths: Sequence[int], sources: Sequence[int], shared: np.ndarray) -> None:
+    """Row ``i`` of ``tensors [slots, n, capacity, d]`` becomes what row ``sources[i]`` was, ``lengths[i]`` long.
+
+    Args:
+        shared: ``[slots, slots]``, what two rows have in common at their beginning, which is not copied.
+    """
     moved = [(row, source) for row, source in enumerate(sources) if row != source]
-    if moved:
+    if not moved:
+        return
+    begin = min(int(shared[pair]) for pair in moved)
+    end = max(lengths[row] for row, _ in moved)
+    if begin < end:
         rows, old = torch.tensor(moved, device=tensors[0].device).T
-        longest = max(lengths[source] for _, source in moved)
         for tensor in tensors:
-            tensor[rows, :, :longest] = tensor[old, :, :longest]
-    return [lengths[source] for source in sources]
+            tensor[rows, :, begin:end] = tensor[old, :, begin:end]

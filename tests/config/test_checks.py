@@ -182,3 +182,11 @@ def test_what_offload_cannot_do_is_refused(overrides: list[str], words: str) -> 
     assert any(words in text for text in mistakes(*overrides))
     for offload in ("cpu", "nvme"):
         assert not any("offload" in text for text in mistakes(f"parallel.offload={offload}", "parallel.zero=3"))
+
+
+def test_a_length_penalty_without_beams_is_said() -> None:
+    task = {"name": "translation", "train": "a", "dev": "b", "length_penalty": 0.6}
+    for beams, count in ((1, 1), (4, 0)):
+        recipe = Recipe.model_validate({"task": {**task, "beams": beams}})
+        found = [str(mistake) for mistake in check(recipe, verb="finetune")]
+        assert sum("`task.length_penalty` 0.6 is for a beam search" in text for text in found) == count

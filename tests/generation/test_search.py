@@ -103,12 +103,20 @@ def test_beams_are_those_of_transformers(
     assert [a.tokens for a in ours] != [a.tokens for a in greedy], "the search finds nothing: the test shows nothing"
 
 
-def test_beams_end_where_the_context_does(pair: Pair, model: Model) -> None:
+@pytest.mark.parametrize("texts", [1, 3])
+def test_a_search_ends_where_the_context_does(pair: Pair, model: Model, texts: int) -> None:
+    """The last token is never read itself, also where candidates are; and a short text beside it is none the worse."""
     if pair.start is not None:
         pytest.skip("an encoder-decoder's answer has a room of its own")
-    long = Pair(pair.folder, pair.theirs, [list(range(1, 91))], pair.end, None)
-    (answer,) = answers(long, model, [], beams=3, max_new_tokens=50)
-    assert answer.finish_reason == "context" and len(answer.tokens) == 7  # the last one is never read itself
+    prompts = [list(range(1, 91)), [5, 9], list(range(1, 97))]
+    long = Pair(pair.folder, pair.theirs, prompts, pair.end, None)
+    for given in ({"beams": 3}, {"top_k": 3, "contrastive_alpha": 0.5}):
+        found = answers(long, model, [], texts=texts, max_new_tokens=20, **given)
+        assert [answer.finish_reason for answer in found] == ["context", "length", "context"]
+        assert [len(answer.tokens) for answer in found] == [7, 20, 1]
+    assert found[0].tokens[:6] == by_hand(long, prompts[0], [], 3, 0.5, 6)
+    one = answers(long, model, [], texts=texts, max_new_tokens=1, top_k=3, contrastive_alpha=0.5)
+    assert [answer.finish_reason for answer in one] == ["length"] * 3
 
 
 def test_a_stop_string_cuts_what_the_beams_found(pair: Pair, model: Model) -> None:
@@ -119,7 +127,9 @@ def test_a_stop_string_cuts_what_the_beams_found(pair: Pair, model: Model) -> No
     assert found.finish_reason == "stop" and found.text == " ".join(map(str, whole.tokens[:place]))
 
 
-def by_hand(pair: Pair, prompt: list[int], ends: list[int], top_k: int, alpha: float, count: int) -> list[int]:
+def by_hand(
+    pair: Pair, prompt: list[int], ends: list[int], top_k: int, alpha: float, count: int, penalty: float = 1.0
+) -> list[int]:
     """Equation 5 of the paper: every candidate in a whole pass of its own, in float64, nothing kept."""
     model = pair.theirs.double()
 
@@ -134,7 +144,10 @@ def by_hand(pair: Pair, prompt: list[int], ends: list[int], top_k: int, alpha: f
     answer: list[int] = []
     with torch.no_grad():
         while len(answer) < count:
-            probabilities, tokens = torch.softmax(states(answer)[1], -1).topk(top_k)
+            logits, said = states(answer)[1], [*(prompt if pair.start is None else [pair.start]), *answer]
+            for token in set(said):
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            probabilities, tokens = torch.softmax(logits, -1).topk(top_k)
             scores = []
             for probability, token in zip(probabilities.tolist(), tokens.tolist(), strict=True):
                 unit, _ = states([*answer, token])
@@ -147,12 +160,15 @@ def by_hand(pair: Pair, prompt: list[int], ends: list[int], top_k: int, alpha: f
     return answer
 
 
-@pytest.mark.parametrize(("top_k", "alpha"), [(4, 0.6), (7, 0.3), (2, 1.0)])
-def test_contrastive_answers_are_those_of_the_formula(pair: Pair, model: Model, top_k: int, alpha: float) -> None:
+@pytest.mark.parametrize(("top_k", "alpha", "penalty"), [(4, 0.6, 1.0), (7, 0.3, 1.3), (2, 1.0, 1.0)])
+def test_contrastive_answers_are_those_of_the_formula(
+    pair: Pair, model: Model, top_k: int, alpha: float, penalty: float
+) -> None:
     ends = [pair.end, *range(50, 60)]
-    ours = answers(pair, model, ends, texts=3, top_k=top_k, contrastive_alpha=alpha, max_new_tokens=12)
+    given = {"contrastive_alpha": alpha, "repetition_penalty": penalty}
+    ours = answers(pair, model, ends, texts=3, top_k=top_k, max_new_tokens=12, **given)
     for prompt, answer in zip(pair.prompts, ours, strict=True):
-        assert answer.tokens == by_hand(pair, prompt, ends, top_k, alpha, 12), prompt
+        assert answer.tokens == by_hand(pair, prompt, ends, top_k, alpha, 12, penalty), prompt
     greedy = answers(pair, model, ends, max_new_tokens=12)
     assert [a.tokens for a in ours] != [a.tokens for a in greedy]
 
@@ -203,6 +219,8 @@ def test_the_command_searches(pair: Pair, capsys: pytest.CaptureFixture[str]) ->
     [
         ({"beams": 4, "contrastive_alpha": 0.5, "top_k": 4}, "two searches"),
         ({"contrastive_alpha": 0.5}, "top-k is 0"),
+        ({"contrastive_alpha": 0.5, "top_k": 129}, "the 2 to 128 likeliest tokens, and top-k is 129"),
+        ({"length_penalty": 2.0}, "length_penalty 2.0 is for a beam search, and there is none"),
         ({"beams": 4, "top_k": 4}, "top-k 4 is for sampling, and generate.beams searches"),
         ({"beams": 4, "temperature": 0.7}, "temperature 0.7 is for sampling"),
         ({"contrastive_alpha": 0.5, "top_k": 4, "top_p": 0.9}, "top-p 0.9 is for sampling"),
@@ -215,9 +233,12 @@ def test_what_excludes_each_other_is_refused(given: dict[str, Any], said: str) -
         generate.run(GenerateRequest("nowhere", ("x",), **given))
 
 
-def test_too_many_beams_for_a_vocabulary(pair: Pair, model: Model) -> None:
-    with pytest.raises(UsageError, match=r"chooses among 420 tokens at a time, and the vocabulary has 400"):
+def test_more_candidates_than_tokens(pair: Pair, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"20 beams chooses among 420 tokens at a time, and the vocabulary has 400"):
         answers(pair, model, list(range(20)), beams=20)
+    monkeypatch.setattr(type(model), "vocab_size", 3)
+    with pytest.raises(UsageError, match=r"top-k 4 is more than the vocabulary of 3"):
+        answers(pair, model, [pair.end], top_k=4, contrastive_alpha=0.5)
 
 
 def test_logits_that_are_no_numbers_end_the_run(pair: Pair, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

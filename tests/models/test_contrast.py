@@ -137,6 +137,17 @@ def test_the_gradient_is_that_of_both_losses_and_the_loss_told_that_of_the_words
     assert model.loss(batch)[0] == loss and contrast_statistics(model, ONE) == {}
 
 
+def test_documents_of_a_sample_are_apart() -> None:
+    """Where attention is (``data.mask_documents``), so are the pairs."""
+    batch = make_batch("gpt", 1) | {"segments": (torch.arange(24) // 9).repeat(3, 1)}
+    model, plain = build("gpt", 0.9), build("gpt", 0)
+    model.loss(batch)
+    hidden, real = plain.run(batch["tokens"], plain.info(batch)), torch.arange(24) < batch["lengths"][:, None]
+    expected, mixed = (contrastive_loss(hidden, 0.9, real=real, segments=s) for s in (batch["segments"], None))
+    assert contrast_statistics(model, ONE)["contrastive_loss"] == pytest.approx(expected.item())
+    assert expected.item() != pytest.approx(mixed.item(), rel=1e-3)
+
+
 def _sliced(rank: int, size: int, kind: str, sequence: bool) -> dict[str, Any]:
     parallel = ParallelContext.create(tensor=size, sequence=sequence)
     model = build(kind, 0.9, parallel)
