@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from mlm_cli import heartbeat
 from mlm_cli.data.compressed import open_unpacked
 from mlm_cli.data.special_tokens import bert_tokens
 from mlm_cli.data.tokenizer import Tokenizer
-from mlm_cli.errors import DataError
+from mlm_cli.errors import DataError, NumericsError
 from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.perplexity import ScoringModel, score_documents
 from mlm_cli.evaluation.results import TaskResult
@@ -112,8 +112,10 @@ def causal_scores(
     return -np.bincount(tally.document, tally.nll, len(texts)).reshape(-1, 2)
 
 
-class MaskedModel(ScoringModel):
+class MaskedModel(Protocol):
     """What is needed of a masked language model (``models.bert.Bert``)."""
+
+    parallel: ParallelContext
 
     def masked_losses(self, tokens: Tensor, places: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -146,8 +148,7 @@ def masked_scores(
         if len(ids) + 2 > length:
             raise DataError(f"{pairs[number // 2].where}: {len(ids)} tokens are more than the model reads ({length})")
     shared = [places for more, less in zip(encoded[::2], encoded[1::2], strict=True) for places in common(more, less)]
-    parallel: ParallelContext = model.parallel
-    device, data = parallel.device, parallel.data
+    device, data = model.parallel.device, model.parallel.data
     scores = torch.zeros(len(encoded), dtype=torch.float64)
     mine = range(data.rank, len(encoded), data.size)
     for done, number in enumerate(mine, 1):
@@ -182,7 +183,12 @@ def bias_result(
 
     Args:
         scores: ``[pairs, 2]``.
+
+    Raises:
+        NumericsError: scores that are not numbers.
     """
+    if not np.isfinite(scores).all():
+        raise NumericsError("the model's scores are not finite numbers", hint="check the checkpoint, or use fp32")
     prefers = (scores[:, 0] > scores[:, 1]).astype(float)
     apart = np.abs(scores[:, 0] - scores[:, 1])
     metrics: dict[str, float] = {"pct_stereotype": prefers.mean(), "likelihood_diff": apart.mean()}

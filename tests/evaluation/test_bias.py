@@ -17,7 +17,7 @@ from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.cli.app import run as mlm
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from mlm_cli.errors import DataError, UsageError
+from mlm_cli.errors import DataError, NumericsError, UsageError
 from mlm_cli.evaluation.bias import Pair, bias_result, causal_scores, common, masked_scores, read_pairs
 from mlm_cli.jobs import evaluate
 from mlm_cli.jobs.tokenizer import TrainRequest, train
@@ -175,6 +175,11 @@ def test_shares_by_hand() -> None:
     assert result.stderr["pct_stereotype_gender"] is None
     assert result.config["num_ties"] == 1 and (result.num_samples, result.num_original) == (4, 9)
     assert not any(result.higher_is_better.values())
+
+
+def test_scores_that_are_no_numbers_are_no_result() -> None:
+    with pytest.raises(NumericsError, match="not finite"):
+        bias_result(PAIRS, np.array([[1.0, np.nan]] * 4), config={}, num_original=4)
 
 
 @pytest.fixture
