@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlm_cli import heartbeat
 from mlm_cli.generation.slots import Slots
-from mlm_cli.generation.step_plan import MOST_ROWS, StepPlan
+from mlm_cli.generation.step_plan import StepPlan
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import build_info
 
@@ -169,7 +169,7 @@ class Decoder:
         slots, model = self._slots, self.model
         slots.begin_step()
         new = torch.tensor(tokens, device=model.parallel.device)
-        if self._plan is not None and len(tokens) <= MOST_ROWS:
+        if self._plan is not None and len(tokens) <= self._plan.most_rows:
             return self._plan.logits(new, slots)
         hidden = self._hidden(new[:, None])
         self._keep(hidden[:, 0])

@@ -21,9 +21,6 @@ from mlm_cli.models.embedding import Embedding, Position
 from mlm_cli.models.gpt import GPT, Head
 from mlm_cli.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-# With more rows than this a step computes more than it reads, and the general matrix product is the better one.
-MOST_ROWS = 16
-
 _KNOWN = {  # `Contrast` does nothing outside of training
     GPT, nn.ModuleList, Embedding, VocabParallelEmbedding, Position, Block, Norm, SelfAttention, ColumnParallelLinear,
     RowParallelLinear, MLP, Head, Contrast,
@@ -31,13 +28,18 @@ _KNOWN = {  # `Contrast` does nothing outside of training
 
 
 class StepPlan:
-    """Runs one decoding step of ``model`` through ``ops.DecodeStep``. Made by ``of``."""
+    """Runs one decoding step of ``model`` through ``ops.DecodeStep``. Made by ``of``.
+
+    Attributes:
+        most_rows: with more of them the layers are the faster way.
+    """
 
     def __init__(self, model: GPT, max_length: int) -> None:
         config, block = model.config, model.layers[0]
         assert isinstance(block, Block)
         first = block.attention
         self._weights = _weights(model)
+        self.most_rows = _most_rows(model.dtype)
         self._step: ops.DecodeStep | None = None
         self._cache: list[Tensor] = []
         self._rotary: tuple[Tensor, Tensor] | None = None
@@ -77,6 +79,16 @@ class StepPlan:
             self._cache = slots.tensors
             self._step = ops.DecodeStep(self._weights, self._cache, self._rotary, **self._shape)
         return self._step(tokens, slots.positions)
+
+
+def _most_rows(dtype: torch.dtype) -> int:
+    """Where a step computes more than it reads, and the general matrix product is the better one.
+
+    In bfloat16 that is soon: from some 48 rows with AVX-512, and from 16 with the matrix unit (AMX).
+    """
+    if dtype == torch.float32:
+        return 64
+    return 16 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 32
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -45,11 +45,11 @@ def grow(decoder: Decoder, rows: int, steps: int) -> torch.Tensor:
     """Logits of some steps over rows of different length."""
     vocabulary = decoder.model.vocab_size
     for row in range(rows):
-        decoder.add([(7 * row + i) % vocabulary for i in range(1 + 3 * row)])
+        decoder.add([(7 * row + i) % vocabulary for i in range(1 + 3 * row % 50)])
     return torch.stack([decoder.step([(5 * row + 11 * n) % vocabulary for row in range(rows)]) for n in range(steps)])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_float32_logits_are_those_of_the_layers(name: str, rows: int) -> None:
     model = make(name, torch.float32)
@@ -81,9 +81,14 @@ def test_the_step_is_used_and_rows_beyond_its_reach_are_not(monkeypatch: pytest.
         return real(plan, tokens, slots)
 
     monkeypatch.setattr(StepPlan, "logits", counted)
-    grow(Decoder(make("gpt2", torch.float32), 20), 3, 2)
-    grow(Decoder(make("gpt2", torch.float32), 20), 17, 1)
-    assert calls == [3, 3]
+    grow(Decoder(make("gpt2", torch.float32), 80), 3, 2)
+    grow(Decoder(make("gpt2", torch.float32), 80), 64, 1)
+    grow(Decoder(make("gpt2", torch.float32), 80), 65, 1)
+    assert calls == [3, 3, 64]
+    for amx, most in ((True, 16), (False, 32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        plan = StepPlan.of(make("gpt2", torch.bfloat16), 64)
+        assert plan is not None and plan.most_rows == most
 
 
 def test_a_model_with_anything_unknown_keeps_its_own_layers() -> None:
