@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from mlm_cli.config.section import Section
+from mlm_cli.config.section import Beams, LengthPenalty, Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
 
@@ -317,18 +317,8 @@ class GenerateSection(Section):
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
     top_p: float = Field(default=1.0, gt=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0)
-    beams: int = Field(
-        default=1,
-        ge=1,
-        le=128,
-        description="hypotheses of a beam search, which looks for the likeliest text; 1: none",
-    )
-    length_penalty: float = Field(
-        default=1.0,
-        ge=-10,
-        le=10,
-        description="of a beam search: scores are divided by length to this power; above 0: longer answers",
-    )
+    beams: Beams = 1
+    length_penalty: LengthPenalty = 1.0
     contrastive_alpha: float = Field(
         default=0.0,
         ge=0,

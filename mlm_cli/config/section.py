@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_CANDIDATES = 128  # continuations of a text that a search follows: each is a row of the decoder
+Beams = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=MOST_CANDIDATES,
+        description="hypotheses of a beam search, which looks for the likeliest text; 1: none",
+    ),
+]
+LengthPenalty = Annotated[
+    float,
+    Field(
+        ge=-10,
+        le=10,
+        description="of a beam search: scores are divided by length to this power; above 0: longer texts",
+    ),
+]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mlm_cli.config.section import Section
+from mlm_cli.config.section import Beams, LengthPenalty, Section
 
 
 class TaskSection(Section):
@@ -48,18 +48,8 @@ class TaskSection(Section):
     rouge_tokenize: Literal["ascii", "unicode"] = Field(
         default="ascii", description="summarization: ascii is rouge-score's own; unicode for words beyond a to z"
     )
-    beams: int = Field(
-        default=1,
-        ge=1,
-        le=128,
-        description="texts that are written: hypotheses of a beam search; 1: none",
-    )
-    length_penalty: float = Field(
-        default=1.0,
-        ge=-10,
-        le=10,
-        description="of a beam search: scores are divided by length to this power; above 0: longer texts",
-    )
+    beams: Beams = 1
+    length_penalty: LengthPenalty = 1.0
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
         default="13a", description="translation: sacrebleu's way to cut words; zh for Chinese"
     )

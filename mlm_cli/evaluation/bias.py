@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mlm_cli import heartbeat
-from mlm_cli.data.compressed import open_unpacked
 from mlm_cli.data.special_tokens import bert_tokens
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError, NumericsError
 from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.perplexity import ScoringModel, score_documents
 from mlm_cli.evaluation.results import TaskResult
+from mlm_cli.tasks.labelled_text import opened_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +62,12 @@ def read_pairs(path: str) -> list[Pair]:
     Raises:
         DataError: no such file, not UTF-8, a column or a sentence missing, an unknown direction.
     """
-    try:
-        with open_unpacked(Path(path)) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-            return list(_pairs(csv.DictReader(text), path))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    with opened_text(Path(path)) as text:
+        rows = csv.DictReader(text, strict=True)
+        try:
+            return list(_pairs(rows, path))
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num + 1} is malformed: {error}") from None
 
 
 def _pairs(rows: csv.DictReader[str], path: str) -> Iterator[Pair]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlm_cli.config.section import MOST_CANDIDATES
 from mlm_cli.errors import NumericsError, UsageError
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
@@ -15,8 +16,12 @@ from mlm_cli.generation.text_stream import TextStream
 # eod: the model ended its text. stop: a stop string. length: max_new_tokens. context: the model's context is full.
 # error: the model's logits are not numbers.
 FinishReason = Literal["eod", "stop", "length", "context", "interrupted", "error"]
-MOST_CANDIDATES = 128  # each is a row of the decoder
 NOT_NUMBERS = "the model's logits are not finite numbers"
+
+
+def not_numbers() -> NumericsError:
+    """What a model whose logits are not numbers comes to."""
+    return NumericsError(NOT_NUMBERS, hint="check the checkpoint, or use fp32")
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,12 @@ class Settings:
     def _refuse_sampling(self) -> None:
         """What has no meaning for a search is said, rather than passed over."""
         rule = self.sampling
-        for name, value, neutral in (
-            ("temperature", rule.temperature, (0, 1)),
-            ("top-p", rule.top_p, (1,)),
-            ("top-k", rule.top_k, (0, *((rule.top_k,) if self.contrastive_alpha else ()))),
+        for name, value, asked in (
+            ("temperature", rule.temperature, rule.temperature not in (0, 1)),
+            ("top-p", rule.top_p, rule.top_p != 1),
+            ("top-k", rule.top_k, self.beams > 1 and rule.top_k != 0),
         ):
-            if value not in neutral:
+            if asked:
                 raise UsageError(
                     f"{name} {value} is for sampling, and generate."
                     f"{'beams' if self.beams > 1 else 'contrastive_alpha'} searches",
@@ -184,7 +189,7 @@ class Draft:
     def fail(self, *, strict: bool) -> None:
         """The model's logits are not numbers: a NumericsError, or the end of this text alone."""
         if strict:
-            raise NumericsError(NOT_NUMBERS, hint="check the checkpoint, or use fp32")
+            raise not_numbers()
         self.finish = "error"
 
     def let_out(self) -> None:

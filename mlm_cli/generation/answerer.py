@@ -45,9 +45,5 @@ def make_answerer(
 ) -> Answerer:
     """Greedy, sampled, or by a search; ``show`` is called with each piece of text as soon as it is certain."""
     if settings.contrastive_alpha:
-        top_k, alpha = settings.sampling.top_k, settings.contrastive_alpha
-        return ContrastiveSearch(decoder, settings, new_stream, top_k=top_k, alpha=alpha, show=show)
-    if settings.beams > 1:
-        length_penalty = settings.length_penalty
-        return BeamSearch(decoder, settings, new_stream, beams=settings.beams, length_penalty=length_penalty, show=show)
-    return Generator(decoder, settings, new_stream, show=show)
+        return ContrastiveSearch(decoder, settings, new_stream, show=show)
+    return (BeamSearch if settings.searches else Generator)(decoder, settings, new_stream, show=show)

@@ -7,18 +7,13 @@ The rules of when a hypothesis is finished and when the search ends are those of
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mlm_cli.errors import UsageError
-from mlm_cli.generation.answer import Settings
-from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.search import Search, Searched
-from mlm_cli.generation.text_stream import TextStream
 
 
 @dataclass(eq=False, kw_only=True)
@@ -39,35 +34,22 @@ class _Beams(Searched):
 class BeamSearch(Search[_Beams]):
     """Answers prompts by beam search; see ``Search``. Pieces of text are shown when the whole answer is certain.
 
-    Args:
-        beams: hypotheses of a text.
-        length_penalty: finished ones are compared by their score divided by their length to this power: above 0 longer
-            answers gain, below 0 shorter ones.
-
-    Raises:
-        UsageError: a vocabulary too small for so many beams.
+    Of hypotheses that ended the best has the largest score divided by its length to the power of
+    ``settings.length_penalty``: above 0 longer answers gain, below 0 shorter ones.
     """
 
     text_type = _Beams
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        settings: Settings,
-        new_stream: Callable[[], TextStream],
-        *,
-        beams: int,
-        length_penalty: float = 1.0,
-        show: Callable[[Prompt, str], None] | None = None,
-    ) -> None:
-        super().__init__(decoder, settings, new_stream, width=beams, show=show)
-        self._length_penalty = length_penalty
-        # So many that, were each end of a text among the best of every hypothesis, there would be enough to go on.
-        self._num_candidates = max(2, 1 + len(settings.end_ids)) * beams
-        if self._num_candidates > decoder.model.vocab_size:
+    @property
+    def _num_candidates(self) -> int:
+        """So many that, were each end of a text among the best of every hypothesis, there would be enough to go on."""
+        return max(2, 1 + len(self._settings.end_ids)) * self._width
+
+    def _check_vocabulary(self, size: int) -> None:
+        if self._num_candidates > size:
             raise UsageError(
-                f"a search with {beams} beams chooses among {self._num_candidates} tokens at a time, and the "
-                f"vocabulary has {decoder.model.vocab_size}",
+                f"a search with {self._width} beams chooses among {self._num_candidates} tokens at a time, and the "
+                f"vocabulary has {size}",
                 hint="use fewer beams",
             )
 
@@ -96,7 +78,7 @@ class BeamSearch(Search[_Beams]):
         ends = text.settings.end_ids
         for score, parent, token in candidates[: self._width]:
             if full or token in ends:
-                ended = (score / length**self._length_penalty, [*text.answers[parent], token])
+                ended = (score / length**text.settings.length_penalty, [*text.answers[parent], token])
                 text.finished = heapq.nlargest(self._width, [*text.finished, ended], key=lambda pair: pair[0])
         going = [] if full else [candidate for candidate in candidates if candidate[2] not in ends][: self._width]
         if not going or self._is_over(text, going[0][0], length):
@@ -109,7 +91,7 @@ class BeamSearch(Search[_Beams]):
 
     def _is_over(self, text: _Beams, best: float, length: int) -> bool:
         """Is the best that goes on no better, at its length now, than the worst of enough that ended?"""
-        return len(text.finished) == self._width and best / length**self._length_penalty <= text.finished[-1][0]
+        return len(text.finished) == self._width and best / length**text.settings.length_penalty <= text.finished[-1][0]
 
     def _finish(self, text: _Beams) -> None:
         for token in text.finished[0][1]:

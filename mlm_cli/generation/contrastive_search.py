@@ -8,7 +8,6 @@ token of a full context has no state, for it is never read: there the likeliest 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_cli.errors import UsageError
-from mlm_cli.generation.answer import Settings
-from mlm_cli.generation.decoder import Decoder
-from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.search import Search, Searched
-from mlm_cli.generation.text_stream import TextStream
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,35 +32,17 @@ class _Contrasted(Searched):
 
 
 class ContrastiveSearch(Search[_Contrasted]):
-    """Answers prompts by contrastive search; see ``Search``.
+    """Answers prompts by contrastive search; see ``Search``. The decoder is made with ``keep_states``.
 
-    Args:
-        decoder: made with ``keep_states``.
-        top_k: tokens to choose among, at least 2.
-        alpha: 0 (the likeliest token) to 1 (the least similar one).
-
-    Raises:
-        UsageError: more tokens to choose among than there are.
+    It chooses among the ``top_k`` of the settings' sampling; their ``contrastive_alpha`` goes from 0 (the likeliest
+    token) to 1 (the least similar one).
     """
 
     text_type = _Contrasted
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        settings: Settings,
-        new_stream: Callable[[], TextStream],
-        *,
-        top_k: int,
-        alpha: float,
-        show: Callable[[Prompt, str], None] | None = None,
-    ) -> None:
-        super().__init__(decoder, settings, new_stream, width=top_k, show=show)
-        self._alpha = alpha
-        if top_k > decoder.model.vocab_size:
-            raise UsageError(
-                f"top-k {top_k} is more than the vocabulary of {decoder.model.vocab_size}", hint="use --top-k 4"
-            )
+    def _check_vocabulary(self, size: int) -> None:
+        if self._width > size:
+            raise UsageError(f"top-k {self._width} is more than the vocabulary of {size}", hint="use --top-k 4")
 
     def _begin(self, text: _Contrasted, logits: Tensor) -> None:
         states = F.normalize(self._decoder.states.float(), dim=-1)
@@ -83,13 +60,13 @@ class ContrastiveSearch(Search[_Contrasted]):
             text.take(text.next_tokens[0])
 
     def _take(self, logits: Tensor) -> None:
-        texts, width = self._texts, self._width
+        texts, width, alpha = self._texts, self._width, self._settings.contrastive_alpha
         states = F.normalize(self._decoder.states.float(), dim=-1).view(len(texts), width, -1)
         alike = torch.stack(
             [(own @ text.states[: text.length].T).amax(-1) for text, own in zip(texts, states, strict=True)]
         )
         probabilities = torch.stack([text.probabilities for text in texts])
-        chosen = ((1 - self._alpha) * probabilities - self._alpha * alike).argmax(-1).tolist()
+        chosen = ((1 - alpha) * probabilities - alpha * alike).argmax(-1).tolist()
         for text, own, row, rows in zip(texts, states, chosen, logits, strict=True):
             text.states[text.length] = own[row]
             text.parents = [row] * width

@@ -10,8 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mlm_cli.errors import NumericsError
-from mlm_cli.generation.answer import NOT_NUMBERS, Answer, Draft, EncodedPrompt, Settings, in_order
+from mlm_cli.generation.answer import Answer, Draft, EncodedPrompt, Settings, in_order, not_numbers
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import penalise_repetition
@@ -39,16 +38,18 @@ T = TypeVar("T", bound=Searched)
 
 
 class Search(ABC, Generic[T]):
-    """Answers prompts, each with ``width`` rows of the decoder; beside ``Generator``, which follows one row a text.
+    """Answers prompts, each with ``settings.width`` rows of the decoder; ``Generator`` follows one row a text.
 
     What a prompt's answer is depends on nothing but the prompt, the model and the settings.
 
     Args:
-        decoder: the model, with at least ``width`` rows.
-        settings: for all prompts; of the sampling the penalty alone is read.
+        decoder: the model, with at least ``settings.width`` rows; see ``answerer.decoder_of``.
+        settings: for all prompts; of the sampling the penalty and the number of candidates alone are read.
         new_stream: makes a ``TextStream`` of the model's tokenizer.
-        width: rows of a text.
         show: called with each piece of text as soon as it is certain.
+
+    Raises:
+        UsageError: a vocabulary too small for such a search.
     """
 
     text_type: ClassVar[type[Searched]]
@@ -59,12 +60,12 @@ class Search(ABC, Generic[T]):
         settings: Settings,
         new_stream: Callable[[], TextStream],
         *,
-        width: int,
         show: Callable[[Prompt, str], None] | None = None,
     ) -> None:
-        assert decoder.num_slots >= width
+        assert decoder.num_slots >= settings.width
         self._decoder, self._settings, self._new_stream = decoder, settings, new_stream
-        self._width, self._show, self._texts = width, show, list[T]()
+        self._width, self._show, self._texts = settings.width, show, list[T]()
+        self._check_vocabulary(decoder.model.vocab_size)
 
     def answers(self, prompts: Iterable[EncodedPrompt]) -> Iterator[Answer]:
         """The answers, in the order of the prompts, each as soon as it and all before it are done."""
@@ -131,6 +132,10 @@ class Search(ABC, Generic[T]):
             penalise_repetition(scores, torch.tensor([*text.prefix, *answer], device=scores.device), penalty)
 
     @abstractmethod
+    def _check_vocabulary(self, size: int) -> None:
+        """Raise UsageError where there are fewer tokens than the search chooses among."""
+
+    @abstractmethod
     def _begin(self, text: T, logits: Tensor) -> None:
         """Choose from ``logits [v]`` behind the prompt: set ``next_tokens``, or end the text."""
 
@@ -143,5 +148,5 @@ def _checked(logits: Tensor) -> Tensor:
     """In float32. Raises NumericsError where they are not numbers."""
     logits = logits.float()
     if not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise NumericsError(NOT_NUMBERS, hint="check the checkpoint, or use fp32")
+        raise not_numbers()
     return logits

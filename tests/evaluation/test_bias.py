@@ -78,7 +78,8 @@ def test_the_published_file(test_data: Path) -> None:
         (HEADER + "a,b,stereo,age\na,,stereo,age\n", r"pairs\.csv:3 lacks a sentence"),
         (HEADER + "a,b,stereo\n", r"pairs\.csv:2 lacks a sentence or a kind"),
         (HEADER + "a,b,sterio,age\n", r"pairs\.csv:2: stereo_antistereo is `sterio`"),
-        (HEADER.encode() + b"\xff,b,stereo,age\n", "cannot be read"),
+        (HEADER.encode() + b"\xff,b,stereo,age\n", r"pairs\.csv is not UTF-8"),
+        (HEADER + 'a,"b"c,stereo,age\n', r"pairs\.csv:2 is malformed"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: Any, said: str) -> None:
