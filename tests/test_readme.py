@@ -30,6 +30,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path
     for name, count in (("train.tsv", 60), ("dev.tsv", 20)):
         rows = [f"a {'good' if n % 2 else 'bad'} day number {n}\t{n % 2}" for n in range(count)]
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    quiz = [{"context": f"import {name}", "choices": ["as", "from", "json"], "label": 0} for name in ("re", "sys")]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(question) + "\n" for question in quiz), encoding="utf-8")
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,8 +72,8 @@ def evaluate(
     Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
     parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
     regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
-    translation, summarization, text_generation. crows_pairs asks a language model (gpt, bert) which stereotypes it
-    prefers.
+    translation, summarization, text_generation. A language model as it is: lambada, ranked_choice, lm_eval:NAME (a task of
+    lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
 
     \b
     Examples:
@@ -83,6 +82,8 @@ def evaluate(
       mlm evaluate runs/sst2 --task classification --data dev.tsv --format json
       mlm evaluate runs/squad --task question_answering --data dev-v1.1.json -o results/squad
       mlm evaluate runs/de --task translation --data test_2016_flickr -o results/de
+      mlm evaluate runs/gpt --task lambada --data lambada_test.jsonl
+      mlm evaluate runs/gpt --task lm_eval:arc_easy evaluate.num_fewshot=5
       mlm evaluate runs/bert --task crows_pairs --data crows_pairs_anonymized.csv -o results/bias
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
@@ -119,7 +120,7 @@ def _job(request: EvaluateRequest) -> int | None:
 def _request(
     recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str, ensemble: bool
 ) -> EvaluateRequest:
-    from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, EvaluateRequest
+    from mlm_cli.config.requests import HARNESS, TAKES_MAX_LENGTH, EvaluateRequest, check_tasks
 
     model = words[0] if words else recipe.init_from
     if model is None:
@@ -132,16 +133,12 @@ def _request(
             )
     if not recipe.evaluate.tasks:
         raise UsageError("no task given", hint="add `--task perplexity` or `--task classification`")
-    for task in recipe.evaluate.tasks:
-        if task not in EVALUATION_TASKS:
-            near = difflib.get_close_matches(task, EVALUATION_TASKS, n=1)
-            known = f"known tasks: {', '.join(EVALUATION_TASKS)}"
-            raise UsageError(f"unknown task `{task}`", hint=f"did you mean `{near[0]}`?" if near else known)
-        if task in NEEDED_DATA and not recipe.evaluate.data:
-            needed, hint = NEEDED_DATA[task]
-            raise UsageError(f"{task} needs {needed}", hint=hint)
-    if recipe.evaluate.max_length is not None and recipe.evaluate.tasks != ("perplexity",):
-        raise UsageError("evaluate.max_length is for perplexity alone", hint="tasks have task.max_length")
+    check_tasks(recipe.evaluate.tasks, recipe.evaluate.data)
+    for task in recipe.evaluate.tasks if recipe.evaluate.max_length is not None else ():
+        if task not in TAKES_MAX_LENGTH and not task.startswith(HARNESS):
+            raise UsageError(f"evaluate.max_length is not for {task}", hint="fine-tuned tasks have task.max_length")
+    if recipe.evaluate.num_fewshot is not None and not all(task.startswith(HARNESS) for task in recipe.evaluate.tasks):
+        raise UsageError(f"evaluate.num_fewshot is for {HARNESS}NAME", hint="put examples into the contexts of others")
     from_recipe = recipe.task.model_dump(exclude_unset=True) if recipe.task else {}
     return EvaluateRequest(
         model=model,
@@ -150,6 +147,7 @@ def _request(
         stride=recipe.evaluate.stride,
         max_length=recipe.evaluate.max_length,
         limit=recipe.evaluate.limit,
+        num_fewshot=recipe.evaluate.num_fewshot,
         output=recipe.output,
         batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,
         format="json" if format == "json" else "text",

@@ -6,19 +6,41 @@ and the flags; the job reads it and nothing else. Nothing here imports torch.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mlm_cli.config.tasks import TASK_KINDS
+from mlm_cli.errors import UsageError
 
 OutputFormat = Literal["text", "json"]
 # What these tasks of `mlm evaluate` need, which no fine-tuning run names.
 NEEDED_DATA = {
     "perplexity": ("text", "give files or an indexed prefix with --data"),
     "crows_pairs": ("its pairs of sentences", "give crows_pairs_anonymized.csv with --data"),
+    "stereoset": ("its sentences", "give StereoSet's dev.json with --data"),
+    "lambada": ("its passages", "give lambada_test.jsonl, or a passage a line, with --data"),
+    "ranked_choice": ("questions and their choices", "give JSON lines with --data"),
 }
 EVALUATION_TASKS = (*NEEDED_DATA, *TASK_KINDS)  # known without loading any of them
+TAKES_MAX_LENGTH = ("perplexity", "lambada", "ranked_choice")  # `evaluate.max_length`; tasks of the harness do, too
+HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def check_tasks(tasks: Sequence[str], data: Sequence[str]) -> None:
+    """Raises UsageError: a task of ``mlm evaluate`` that is not known, or that needs ``data`` and has none."""
+    for task in tasks:
+        if task.startswith(HARNESS) and task != HARNESS:
+            continue
+        if task not in EVALUATION_TASKS:
+            near = difflib.get_close_matches(task, EVALUATION_TASKS, n=1)
+            known = f"known tasks: {', '.join(EVALUATION_TASKS)}, {HARNESS}NAME"
+            raise UsageError(f"unknown task `{task}`", hint=f"did you mean `{near[0]}`?" if near else known)
+        if task in NEEDED_DATA and not data:
+            needed, hint = NEEDED_DATA[task]
+            raise UsageError(f"{task} needs {needed}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -41,12 +63,14 @@ class EvaluateRequest:
     Attributes:
         model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
         ensemble: further models whose answers are averaged with those of ``model``.
-        tasks: ``perplexity``, ``crows_pairs``, or kinds of task of ``config.tasks``.
-        data: text files or prefixes of indexed data sets (perplexity), or the task's files.
+        tasks: of ``EVALUATION_TASKS``, or ``lm_eval:NAME``.
+        data: text files or prefixes of indexed data sets (perplexity), the task's files, or folders of further tasks
+            of lm-evaluation-harness.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
         batch_size: windows or examples scored at once on one rank. Never changes a score.
         max_length: tokens of context; unset: the model's.
         limit: score only the first so many documents or examples.
+        num_fewshot: examples before each question of lm-evaluation-harness; unset: as the task has it.
         output: folder for ``results.json``; unset: ``MODEL/evaluate`` for a run folder, else none.
         tensor: tensor-parallel size; the ranks left over share the data.
         tokenizer: instead of the one beside the model.
@@ -60,6 +84,7 @@ class EvaluateRequest:
     batch_size: int = 8
     max_length: int | None = None
     limit: int | None = None
+    num_fewshot: int | None = None
     output: str | None = None
     format: OutputFormat = "text"
     seed: int = 1234

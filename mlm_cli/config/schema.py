@@ -307,6 +307,9 @@ class EvaluateSection(Section):
     stride: int | None = Field(default=None, ge=1, description="`mlm evaluate --stride`")
     max_length: int | None = Field(default=None, ge=2, description="tokens of context; unset: the model's")
     limit: int | None = Field(default=None, ge=1, description="`mlm evaluate --limit`")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples before each question of `lm_eval:NAME`; unset: as the task has it"
+    )
 
 
 class GenerateSection(Section):

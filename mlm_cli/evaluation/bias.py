@@ -10,27 +10,20 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mlm_cli import heartbeat
 from mlm_cli.data.special_tokens import bert_tokens
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError, NumericsError
 from mlm_cli.evaluation.documents import Document
+from mlm_cli.evaluation.masked_words import HiddenToken, MaskedModel, hidden_losses
 from mlm_cli.evaluation.perplexity import ScoringModel, score_documents
-from mlm_cli.evaluation.results import TaskResult
+from mlm_cli.evaluation.results import TaskResult, standard_error
 from mlm_cli.tasks.labelled_text import opened_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mlm_cli.parallel.context import ParallelContext
 
 VERSION = 1
 _DIRECTIONS = ("stereo", "antistereo")
@@ -112,14 +105,6 @@ def causal_scores(
     return -np.bincount(tally.document, tally.nll, len(texts)).reshape(-1, 2)
 
 
-class MaskedModel(Protocol):
-    """What is needed of a masked language model (``models.bert.Bert``)."""
-
-    parallel: ParallelContext
-
-    def masked_losses(self, tokens: Tensor, places: Tensor, labels: Tensor) -> Tensor: ...
-
-
 def masked_scores(
     model: MaskedModel,
     tokenizer: Tokenizer,
@@ -135,33 +120,23 @@ def masked_scores(
 
     Args:
         length: tokens that the model reads at most.
-        batch_size: copies of a sentence, with a token hidden in each, that are read at once.
+        batch_size: copies of sentences, with a token hidden in each, that are read at once.
 
     Raises:
         DataError: a sentence too long for the model; a tokenizer without BERT's special tokens.
     """
-    import torch
-
     special = bert_tokens(tokenizer)
     encoded = tokenizer.encode_batch([text for pair in pairs for text in (pair.more, pair.less)])
-    for number, ids in enumerate(encoded):
-        if len(ids) + 2 > length:
-            raise DataError(f"{pairs[number // 2].where}: {len(ids)} tokens are more than the model reads ({length})")
     shared = [places for more, less in zip(encoded[::2], encoded[1::2], strict=True) for places in common(more, less)]
-    device, data = model.parallel.device, model.parallel.data
-    scores = torch.zeros(len(encoded), dtype=torch.float64)
-    mine = range(data.rank, len(encoded), data.size)
-    for done, number in enumerate(mine, 1):
-        row = torch.tensor([special.cls, *encoded[number], special.sep], device=device)
-        places = torch.tensor(shared[number], dtype=torch.int64, device=device) + 1
-        for part in places.split(batch_size):
-            tokens = row.repeat(len(part), 1)
-            tokens[torch.arange(len(part), device=device), part] = special.mask
-            scores[number] -= model.masked_losses(tokens, part, row[part]).double().sum().cpu()
-        heartbeat.beat()
-        if on_batch is not None:
-            on_batch(done, len(mine))
-    return data.all_reduce_(scores.to(device)).cpu().numpy().reshape(-1, 2)
+    rows, owners = [], []
+    for number, (ids, places) in enumerate(zip(encoded, shared, strict=True)):
+        row = (special.cls, *ids, special.sep)
+        rows += [HiddenToken(row, place + 1, ids[place], pairs[number // 2].where) for place in places]
+        owners += [number] * len(places)
+    losses = hidden_losses(
+        model, rows, mask=special.mask, length=length, batch_size=batch_size, on_batch=on_batch
+    )  # fmt: skip
+    return -np.bincount(owners, losses, len(encoded)).reshape(-1, 2)
 
 
 def common(more: Sequence[int], less: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -192,13 +167,13 @@ def bias_result(
     prefers = (scores[:, 0] > scores[:, 1]).astype(float)
     apart = np.abs(scores[:, 0] - scores[:, 1])
     metrics: dict[str, float] = {"pct_stereotype": prefers.mean(), "likelihood_diff": apart.mean()}
-    errors = {"pct_stereotype": _standard_error(prefers), "likelihood_diff": _standard_error(apart)}
+    errors = {"pct_stereotype": standard_error(prefers), "likelihood_diff": standard_error(apart)}
     groups = [(direction, [pair.direction == direction for pair in pairs]) for direction in _DIRECTIONS]
     groups += [(kind, [pair.kind == kind for pair in pairs]) for kind in sorted({pair.kind for pair in pairs})]
     for name, members in groups:
         if any(members):
             metrics[f"pct_stereotype_{name}"] = prefers[members].mean()
-            errors[f"pct_stereotype_{name}"] = _standard_error(prefers[members])
+            errors[f"pct_stereotype_{name}"] = standard_error(prefers[members])
     return TaskResult(
         name="crows_pairs",
         metrics={name: float(value) for name, value in metrics.items()},
@@ -209,10 +184,6 @@ def bias_result(
         num_samples=len(pairs),
         num_original=num_original,
     )
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def pair_records(pairs: Sequence[Pair], scores: np.ndarray) -> str:

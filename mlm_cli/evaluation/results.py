@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlm_cli import __version__
 from mlm_cli.errors import ResourceError
 
@@ -24,7 +26,10 @@ _NUMERIC = (3, 5, 6)  # columns of the table
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave. ``stderr`` has an entry for each metric; None: not known."""
+    """What one task gave. ``stderr`` has an entry for each metric; None: not known.
+
+    A metric that was taken after a filter of the harness is named ``METRIC,FILTER``.
+    """
 
     name: str
     metrics: Mapping[str, float]
@@ -34,6 +39,12 @@ class TaskResult:
     version: int = 1
     num_samples: int = 0
     num_original: int = 0
+    num_fewshot: int = 0
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of independent ``values``; None where there is but one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def results_document(
@@ -51,7 +62,7 @@ def results_document(
         "group_subtasks": {task.name: [] for task in tasks},
         "configs": {task.name: {"task": task.name, **task.config} for task in tasks},
         "versions": {task.name: task.version for task in tasks},
-        "n-shot": {task.name: 0 for task in tasks},
+        "n-shot": {task.name: task.num_fewshot for task in tasks},
         "higher_is_better": {task.name: dict(task.higher_is_better) for task in tasks},
         "n-samples": {task.name: {"original": task.num_original, "effective": task.num_samples} for task in tasks},
         "config": dict(config),
@@ -69,8 +80,10 @@ def _entry(task: TaskResult) -> dict[str, Any]:
     entry: dict[str, Any] = {"alias": task.name}
     for metric, value in task.metrics.items():
         error = task.stderr.get(metric)
-        entry[f"{metric},none"] = value if math.isfinite(value) else str(value)
-        entry[f"{metric}_stderr,none"] = error if error is not None and math.isfinite(error) else "N/A"
+        name, _, filtered = metric.partition(",")
+        filtered = filtered or "none"
+        entry[f"{name},{filtered}"] = value if math.isfinite(value) else str(value)
+        entry[f"{name}_stderr,{filtered}"] = error if error is not None and math.isfinite(error) else "N/A"
     return entry
 
 
@@ -111,12 +124,13 @@ def results_table(document: Mapping[str, Any]) -> str:
     for name, entry in document["results"].items():
         shown, samples = name, str(document["n-samples"][name]["effective"])
         for key, value in entry.items():
-            metric, _, tail = key.rpartition(",")
-            if tail != "none" or metric.endswith("_stderr"):
+            metric, comma, tail = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
                 continue
             arrow = "↑" if document["higher_is_better"][name].get(metric) else "↓"
-            error = entry[f"{metric}_stderr,none"]
-            rows.append((shown, metric, arrow, _number(value), "±", _number(error), samples))
+            error = entry[f"{metric}_stderr,{tail}"]
+            label = metric if tail == "none" else f"{metric} ({tail})"
+            rows.append((shown, label, arrow, _number(value), "±", _number(error), samples))
             shown = samples = ""  # said once a task
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_row(row, widths) for row in rows]

@@ -1,14 +1,16 @@
-"""The texts that a model in training or evaluation writes for a task: greedily, or by beam search (``task.beams``)."""
+"""The texts that a model in training or evaluation writes for a task, as the task asks it to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import torch.distributed as dist
 
+from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.generation.answer import EncodedPrompt, Settings
-from mlm_cli.generation.answerer import decoder_of, make_answerer
+from mlm_cli.generation.answerer import Answerer, decoder_of, make_answerer
+from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.text_stream import text_stream
@@ -53,17 +55,54 @@ def write_texts(
     for first in range(0, len(features), together):
         interrupt()
         mine = range(first + data.rank, min(first + together, len(features)), data.size)
-        if tensor.rank != 0:
-            decoder.follow()
-            continue
         prompts = (
             EncodedPrompt(Prompt(unit, "", unit, f"text {unit}"), features.rows[unit].ids.tolist()) for unit in mine
         )
-        with closing(decoder):
-            for place, answer in answerer.as_done(prompts):
-                written[mine[place]] = answer.text
-                on_text()
+        for place, text in _answers(decoder, answerer, prompts, tensor):
+            written[mine[place]] = text
+            on_text()
     return gather_units(gather_units(written, tensor), data)
+
+
+def answer_prompts(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    settings: Settings,
+    *,
+    batch_size: int,
+    max_length: int,
+    on_text: Callable[[int, int], None] = lambda *_: None,
+) -> dict[int, str]:
+    """What a causal model writes behind each prompt, by its place, equal on all ranks. All ranks call.
+
+    Args:
+        settings: of prompts that bring none.
+        batch_size: texts at once on one rank; changes none of them beyond float rounding.
+        max_length: tokens of prompt and answer.
+        on_text: told (texts done, texts in all) of this rank, on the first rank of each tensor group.
+    """
+    tensor, data = model.parallel.tensor, model.parallel.data
+    decoder = decoder_of(model, batch_size, settings, start_id=None, max_length=max_length)
+    answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer))
+    mine = range(data.rank, len(prompts), data.size)
+    written: dict[int, str] = {}
+    for place, text in _answers(decoder, answerer, (prompts[number] for number in mine), tensor):
+        written[mine[place]] = text
+        on_text(len(written), len(mine))
+    return gather_units(gather_units(written, tensor), data)
+
+
+def _answers(
+    decoder: Decoder, answerer: Answerer, prompts: Iterator[EncodedPrompt], tensor: Group
+) -> Iterator[tuple[int, str]]:
+    """(place, text) on the first rank of the tensor group, as texts are done; nothing on those that follow it."""
+    if tensor.rank != 0:
+        decoder.follow()
+        return
+    with closing(decoder):
+        for place, answer in answerer.as_done(prompts):
+            yield place, answer.text
 
 
 def gather_units(mine: dict[int, str], group: Group) -> dict[int, str]:

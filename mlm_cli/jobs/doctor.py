@@ -33,6 +33,7 @@ OPTIONAL = {
     "scikit-learn": ("eval", "scores beyond accuracy and F1"),
     "sacrebleu": ("eval", "BLEU and chrF of translations"),
     "rouge-score": ("eval", "ROUGE of summaries"),
+    "lm-eval": ("harness", "mlm evaluate --task lm_eval:NAME"),
     "transformers": ("hf", "opening our models elsewhere"),
     "tensorboard": ("log", "TensorBoard curves"),
     "uvicorn": ("serve", "mlm generate --serve"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, EvaluateRequest
-from mlm_cli.errors import UsageError
+from mlm_cli.config.requests import HARNESS, EvaluateRequest, check_tasks
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
 from mlm_cli.jobs.evaluate_task import evaluate_task
+from mlm_cli.jobs.evaluate_zero_shot import evaluate_zero_shot
 from mlm_cli.jobs.scoring_parts import (
     Progress,
     context_length,
@@ -46,7 +45,8 @@ def run(request: EvaluateRequest) -> int:
         DataError, CheckpointError: data or a model that cannot be used.
     """
     names = list(dict.fromkeys(request.tasks))
-    _check(request, names)
+    check_tasks(names, request.data)
+    ensemble.distinct(request)
     env = distributed.init()
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
@@ -67,26 +67,19 @@ def run(request: EvaluateRequest) -> int:
         distributed.shutdown()
 
 
-def _check(request: EvaluateRequest, tasks: Sequence[str]) -> None:
-    for name in tasks:
-        if name not in EVALUATION_TASKS:
-            raise UsageError(f"unknown task `{name}`", hint=f"known tasks: {', '.join(EVALUATION_TASKS)}")
-        if name in NEEDED_DATA and not request.data:
-            needed, hint = NEEDED_DATA[name]
-            raise UsageError(f"{name} needs {needed}", hint=hint)
-    ensemble.distinct(request)
-
-
 def _score(
     task: str, request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext
 ) -> list[TaskResult]:
-    if task == "crows_pairs":
-        return [evaluate_bias(request, members[request.model], parallel, output=_output_folder(request))]
+    folder, output = members[request.model], _output_folder(request)
+    if task in ("crows_pairs", "stereoset"):
+        return [evaluate_bias(task, request, folder, parallel, output=output)]
+    if task in ("lambada", "ranked_choice") or task.startswith(HARNESS):
+        return evaluate_zero_shot(task, request, folder, parallel, output=output)
     if task != "perplexity":
-        return evaluate_task(task, request, members, parallel, output=_output_folder(request))
+        return evaluate_task(task, request, members, parallel, output=output)
     if request.ensemble:
         return ensemble.perplexity(request, members, parallel)
-    return [_perplexity(request, members[request.model], parallel)]
+    return [_perplexity(request, folder, parallel)]
 
 
 def _perplexity(request: EvaluateRequest, folder: Path, parallel: ParallelContext) -> TaskResult:

@@ -55,3 +55,17 @@ class KVCache:
         """Forget all tokens from ``length`` on."""
         assert 0 <= length <= self.length
         self.length = length
+
+    def spread(self, rows: int, room: int) -> KVCache:
+        """A cache of ``rows`` rows that all begin with what this one row holds, with room for ``room`` tokens more."""
+        assert self.batch_size == 1 and self.start is None
+        layers = []
+        for layer in self.layers:
+            shape = (rows, layer.keys.shape[1], self.length + room, layer.keys.shape[3])
+            made = LayerCache(shape, layer.keys.dtype, layer.keys.device)
+            made.keys[:, :, : self.length] = layer.keys[:, :, : self.length]
+            made.values[:, :, : self.length] = layer.values[:, :, : self.length]
+            layers.append(made)
+        cache = KVCache(layers, self.length + room)
+        cache.length = self.length
+        return cache

@@ -108,7 +108,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
         (["finetune", "debug/gpt"], "2 mistakes", "schema"),
         (["evaluate", "--task", "perplexity"], "no model given", "MODEL"),
         (["evaluate", "runs/x"], "no task given", "--task perplexity"),
-        (["evaluate", "x", "--task", "embedding", "evaluate.max_length=9"], "perplexity alone", "task.max_length"),
+        (["evaluate", "x", "--task", "embedding", "evaluate.max_length=9"], "is not for embedding", "task.max_length"),
         (["evaluate", "runs/x", "--task", "perplexity", "none.txt"], "`none.txt` is neither", "--task A --task B"),
         (["evaluate", "runs/x", "--task", "a", "task.textcolumn=1"], "`task.textcolumn`", "`task.text_column`"),
         (["generate"], "no model given", "--prompt"),

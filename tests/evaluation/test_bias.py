@@ -217,5 +217,5 @@ def test_what_it_is_not_for(
         evaluate.run(EvaluateRequest(str(bert[0]), ("crows_pairs",), (str(file),), ensemble=(str(gpt[0]),)))
     long = tmp_path / "long.csv"
     long.write_text(f"{HEADER}{'old man ' * 30},old man,stereo,age\n")
-    with pytest.raises(DataError, match=r"long\.csv:2: 60 tokens are more than the model reads \(40\)"):
+    with pytest.raises(DataError, match=r"long\.csv:2: 62 tokens are more than the model reads \(40\)"):
         evaluate.run(EvaluateRequest(str(bert[0]), ("crows_pairs",), (str(long),)))
