@@ -72,8 +72,8 @@ def evaluate(
     Recipe keys that matter here are task.*, evaluate.max_length (tokens of context, for perplexity), tokenizer,
     parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
     regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
-    translation, summarization, text_generation. A language model as it is: lambada, ranked_choice, lm_eval:NAME (a task of
-    lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
+    translation, summarization, text_generation. A language model as it is: lambada, ranked_choice, lm_eval:NAME (a task
+    of lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
 
     \b
     Examples:

@@ -33,14 +33,14 @@ def list_recipes(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> int:
-    """List the built-in recipes.
+    """List the built-in recipes and job scripts.
 
     \b
     Examples:
       mlm recipe ls
       mlm recipe ls gpt/ --format json
     """
-    from mlm_cli.config.builtin import builtin_names, recipes_root
+    from mlm_cli.config.builtin import builtin_names, builtin_scripts, recipes_root
     from mlm_cli.config.resolve import read_draft
 
     begin(quiet=quiet, verbose=verbose)
@@ -49,6 +49,9 @@ def list_recipes(
         if name.startswith(pattern):
             draft = read_draft(str(recipes_root() / f"{name}.yaml"), ())
             rows.append({"name": name, "description": draft.values.get("description", "")})
+    rows += [
+        {"name": name, "description": about} for name, about in builtin_scripts().items() if name.startswith(pattern)
+    ]
     if not rows:
         raise UsageError(f"no built-in recipe begins with `{pattern}`", hint="`mlm recipe ls` lists them all")
     if format == "json":
@@ -81,12 +84,18 @@ def show(
       mlm recipe show debug/gpt > my.yaml
       mlm recipe show gpt/8.3b --resolved
       mlm recipe show gpt/355m parallel.tensor=2 -o my.yaml
+      mlm recipe show slurm/pretrain.sh > pretrain.sh
     """
-    from mlm_cli.config.builtin import find_recipe
+    from mlm_cli.config.builtin import builtin_scripts, find_recipe, recipes_root
     from mlm_cli.config.resolve import recipe_text, resolve_recipe, write_recipe
 
     begin(quiet=quiet, verbose=verbose)
     spec, overrides = split_recipe(recipe_or_key, keys, recipe, verb="recipe show")
+    if spec in builtin_scripts():
+        if overrides or resolved or output is not None or format == "json":
+            raise UsageError(f"{spec} is a job script: it is printed as it is", hint=f"mlm recipe show {spec} > job.sh")
+        emit((recipes_root() / spec).read_text(encoding="utf-8"))
+        return 0
     found = resolve_recipe(spec, overrides)
     if output is not None:
         write_recipe(found, output)

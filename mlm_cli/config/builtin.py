@@ -21,6 +21,13 @@ def builtin_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
+def builtin_scripts() -> dict[str, str]:
+    """Job scripts that come with the recipes, such as ``slurm/pretrain.sh``, and the first line of what they say."""
+    root = recipes_root()
+    found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.sh"))}
+    return {name: path.read_text(encoding="utf-8").splitlines()[1].lstrip("# ") for name, path in found.items()}
+
+
 def find_recipe(spec: str, *, beside: Path | None = None) -> Path:
     """The file a recipe is read from.
 
