@@ -1,8 +1,10 @@
 """Matrix products in bfloat16 and float16 that are fast on processors without instructions for them, too.
 
-torch has oneDNN multiply these types where the processor can (x86: from AVX-512 on for bfloat16, the newest alone for
-float16), and loops over single elements where it cannot: 4 to 50 times as long as in float32 (docs/performance.md).
-There the factors are widened to float32 and the product is rounded. Both ways sums are kept in float32.
+torch has oneDNN multiply these types where the processor can (x86: bfloat16 from AVX-512 on, float16 on the newest
+alone), and loops over single elements where it cannot: 4 to 50 times as long as in float32. AVX-512 without the
+instructions for bfloat16 (Skylake to Ice Lake) is a case between: oneDNN emulates them, at a fifth of float32's rate.
+On both the factors are widened to float32 and the product is rounded (docs/performance.md). Sums are kept in float32
+in any case.
 
 Each function is torch's of the same name, autograd included.
 """
@@ -23,16 +25,23 @@ def _ask() -> dict[torch.dtype, bool]:
     if not torch.backends.mkldnn.is_available():
         return {torch.bfloat16: False, torch.float16: False}
     return {
-        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not _emulates_bfloat16(),
         torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
     }
+
+
+def _emulates_bfloat16() -> bool:
+    """Is this an x86 processor with AVX-512 whose bfloat16 products oneDNN puts together from other instructions?"""
+    names = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    wide, *native = (bool(getattr(torch.cpu, name, bool)()) for name in names)
+    return wide and not any(native)
 
 
 _HAS_PRODUCTS = _ask()  # once: torch.compile cannot look into the questions
 
 
 def has_products(dtype: torch.dtype) -> bool:
-    """Does this processor multiply matrices of bfloat16 or float16 faster than element by element?"""
+    """Does this processor have instructions for matrix products of bfloat16 or float16, and torch use them?"""
     return _HAS_PRODUCTS[dtype]
 
 
@@ -49,8 +58,9 @@ def widened(x: Tensor) -> Tensor:
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not widens(left):
         return torch.mm(left, right, out=out)
-    product = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float32)
-    for a, b in zip(left.split(_TERMS, 1), right.split(_TERMS, 0), strict=True):
+    (a, *more_a), (b, *more_b) = left.split(_TERMS, 1), right.split(_TERMS, 0)
+    product = torch.mm(a.float(), b.float())
+    for a, b in zip(more_a, more_b, strict=True):
         product.addmm_(a.float(), b.float())
     return product.to(left.dtype) if out is None else out.copy_(product)
 

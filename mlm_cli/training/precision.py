@@ -7,23 +7,14 @@ from typing import Literal
 import torch
 
 from mlm_cli.errors import UsageError
+from mlm_cli.ops import products
 
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Does the processor multiply bfloat16 matrices itself (AMX, AVX-512-BF16; compute capability 8.0)?"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    named = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-    return any(bool(capabilities.get(name)) for name in named) or _probe(torch.cpu)
-
-
-def _probe(module: object) -> bool:
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        check = getattr(module, name, None)
-        if check is not None and check():
-            return True
-    return False
+    return products.has_products(torch.bfloat16)
 
 
 def choose_dtype(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:

@@ -97,6 +97,19 @@ def test_what_torch_says_of_this_processor_is_an_answer() -> None:
         assert products.has_products(dtype) in (True, False)
 
 
+@pytest.mark.parametrize(
+    ("wide", "bf16", "amx", "emulated"),
+    [(True, False, False, True), (True, True, False, False), (True, False, True, False), (False, False, False, False)],
+)
+def test_wide_processors_without_the_instructions_widen(
+    monkeypatch: pytest.MonkeyPatch, wide: bool, bf16: bool, amx: bool, emulated: bool
+) -> None:
+    """AVX-512 alone (Skylake to Ice Lake) has oneDNN's emulation, at a fifth of float32's rate."""
+    for name, value in {"avx512": wide, "avx512_bf16": bf16, "amx_tile": amx}.items():
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value)
+    assert products._emulates_bfloat16() == emulated
+
+
 MODELS = {
     "dense": {},
     "grouped, rotary": {"position": "rotary", "num_query_groups": 2, "norm": "rmsnorm", "activation": "swiglu"},
