@@ -224,8 +224,10 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
 def _absolute_paths(values: dict[str, Any]) -> None:
     """Make the paths of a draft absolute, in place."""
     for key in (*PATH_KEYS, *PATH_OR_NAME_KEYS):
-        section, _, last = key.rpartition(".")
-        holder = values.get(section) if section else values
+        *sections, last = key.split(".")
+        holder: Any = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and last in holder:
             holder[last] = _absolute(holder[last], certain=key in PATH_KEYS)
 
