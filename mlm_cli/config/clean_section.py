@@ -48,9 +48,13 @@ class CleanSection(Section):
         default="none",
         description="exact: texts equal but for white space, the first stays; near: MinHash of shingles too",
     )
-    jaccard_threshold: float = Field(default=0.8, gt=0, lt=1, description="near: shingles shared, from which on")
-    shingle_words: int = Field(default=5, ge=1, le=100, description="near: words of a shingle")
-    num_permutations: int = Field(default=128, ge=16, le=1024, description="near: numbers of a signature")
+    jaccard_threshold: float = Field(
+        default=0.8, gt=0, lt=1, description="near: share of shingles in common that makes a duplicate"
+    )
+    shingle_words: int = Field(default=5, ge=1, le=100, description="near: words in a shingle")
+    num_permutations: int = Field(
+        default=128, ge=16, le=1024, description="near: numbers in a signature; more: surer and slower"
+    )
 
     @property
     def active(self) -> bool:

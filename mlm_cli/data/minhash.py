@@ -67,7 +67,8 @@ def bands_for(threshold: float, num_permutations: int) -> tuple[int, int]:
 def band_keys(signatures: Signature, bands: int, rows: int) -> Numbers:
     """[d, bands] keys of signatures [d, num_permutations]: equal where a band agrees in all its rows."""
     pieces = signatures[:, : bands * rows].reshape(len(signatures), bands, rows).astype(np.uint64)
-    keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), pieces.shape[:2]).copy()
+    numbers = np.arange(1, bands + 1, dtype=np.uint64) << np.uint64(32)  # above the 32 bits of a signature's number
+    keys = np.broadcast_to(numbers, pieces.shape[:2])
     for row in range(rows):
         keys = mixed(keys ^ pieces[:, :, row]) + np.uint64(row + 1)
     return keys
