@@ -21,10 +21,10 @@ from mlm_cli.config.clean_section import CleanSection
 from mlm_cli.data import gopher, pii
 from mlm_cli.data.decontaminate import TestTexts
 from mlm_cli.data.language import language_of
-from mlm_cli.data.minhash import MinHash, Signature, shingles
+from mlm_cli.data.minhash import MinHash, Signature, bands_for, shingles
 from mlm_cli.data.ngrams import Numbers, word_numbers, words_of
 from mlm_cli.data.parse import Document, Parsed
-from mlm_cli.data.seen import DIGEST_BYTES
+from mlm_cli.data.seen import DIGEST_BYTES, document_keys
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Removal:
 class Cleaning:
     """What cleaning did to a segment.
 
-    ``removed``: (line, why). ``digests`` and ``signatures`` [num_permutations], of the documents that stay, where
-    duplicates are looked for. ``redacted`` counts what was replaced, by kind; ``changed`` the documents it was in.
+    ``removed``: (line, why). ``digests``, ``signatures`` [num_permutations] and ``keys`` (`seen.document_keys`) of the
+    documents that stay, where duplicates are looked for. ``redacted`` counts what was replaced, by kind; ``changed``
+    the documents it was in.
     """
 
     removed: list[tuple[int, Removal]] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     signatures: list[Signature] = field(default_factory=list)
+    keys: list[Numbers] = field(default_factory=list)
     redacted: Counter[str] = field(default_factory=Counter)
     changed: int = 0
 
@@ -61,6 +63,8 @@ class Cleaner:
     def __init__(self, section: CleanSection, tests: TestTexts | None = None) -> None:
         self.section, self.tests = section, tests
         self._minhash = MinHash(section.num_permutations) if section.deduplicate == "near" else None
+        near = (section.jaccard_threshold, section.num_permutations)
+        self._bands = bands_for(*near) if self._minhash is not None else (0, 0)
         self._filters: list[Callable[[_Text], Removal | None]] = [self._words]
         if section.gopher_quality or section.gopher_repetition:
             self._filters.append(self._gopher)
@@ -89,6 +93,8 @@ class Cleaner:
                 done.digests.append(digest(text.text))
                 done.signatures.append(self._signature(text))
         parsed.numbers, parsed.documents[key] = numbers, kept
+        if done.digests:
+            done.keys = document_keys(b"".join(done.digests), np.stack(done.signatures), self._bands)
         return done
 
     def judge(self, text: _Text) -> Removal | None:

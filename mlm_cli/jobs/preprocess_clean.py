@@ -101,10 +101,11 @@ class Duplicates:
         """Of the documents at lines ``numbers`` of a segment: which stay [documents], and (line, why) of the others."""
         at, keep, removed = self._partial.position, np.ones(len(numbers), bool), []
         here: list[tuple[int, int]] = []  # (source, line) of those kept in this segment
-        for index, (digest, signature) in enumerate(zip(cleaning.digests, cleaning.signatures, strict=True)):
-            found = self._seen.find(digest, signature)
+        looked_up = self._seen.look_up(cleaning.keys)
+        for index, document in enumerate(zip(cleaning.digests, cleaning.signatures, cleaning.keys, strict=True)):
+            found = self._seen.find(*document, looked_up[index])
             if found is None:
-                self._partial.seen.append(self._seen.add(digest, signature))
+                self._partial.seen.append(self._seen.add(*document))
                 here.append((source, at.line + int(numbers[index])))
                 continue
             keep[index] = False

@@ -13,7 +13,7 @@ import pytest
 from mlm_cli.data.clean import digest
 from mlm_cli.data.minhash import MinHash, band_keys, bands_for, shingles
 from mlm_cli.data.ngrams import ngram_numbers, word_numbers, words_of
-from mlm_cli.data.seen import KeyIndex, SeenDocuments
+from mlm_cli.data.seen import KeyIndex, SeenDocuments, document_keys
 
 PERMUTATIONS = 128
 
@@ -60,10 +60,12 @@ def run(path: Path, documents: list[str], *, threshold: float, again_at: int = -
             seen.close()
             seen = SeenDocuments(path, path.stat().st_size, num_permutations=PERMUTATIONS, threshold=threshold)
         made = signature(text, minhash)
-        earlier = seen.find(digest(text), made)
+        [keys] = document_keys(digest(text), made[None], bands_for(threshold, PERMUTATIONS))
+        [looked_up] = seen.look_up([keys])
+        earlier = seen.find(digest(text), made, keys, looked_up)
         if earlier is None:
             with path.open("ab") as out:
-                out.write(seen.add(digest(text), made))
+                out.write(seen.add(digest(text), made, keys))
             kept.append(number)
             found.append(None)
         else:
@@ -182,15 +184,18 @@ def test_key_index_is_a_dictionary_of_lists(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(seen, "_RECENT", 50)  # so that keys move into runs, and runs into each other
     rng = np.random.default_rng(2)
-    index, plain = KeyIndex(), {}
-    for document in range(1500):
-        keys = rng.integers(0, 2500, 7).astype(np.uint64) * np.uint64(0x1234567890ABCDEF)
-        wanted = sorted({number for key in keys.tolist() for number in plain.get(key, ())})
-        assert index.find(keys) == wanted
-        index.add(keys, document)
-        for key in keys.tolist():
-            plain.setdefault(key, []).append(document)
-    assert 1 < len(index._runs) < 12
+    index, plain, document = KeyIndex(), {}, 0
+    for _ in range(300):
+        batch = [rng.integers(0, 2500, 7).astype(np.uint64) * np.uint64(0x1234567890ABCDEF) for _ in range(5)]
+        stored = index.in_runs(batch)
+        for keys, before in zip(batch, stored, strict=True):
+            wanted = {number for key in keys.tolist() for number in plain.get(key, ())}
+            assert before | index.recent(keys) == wanted
+            index.add(keys, document)
+            for key in keys.tolist():
+                plain.setdefault(key, []).append(document)
+            document += 1
+    assert 1 < len(index._runs) < 12 and index.in_runs([]) == []
 
 
 def test_words_and_their_numbers() -> None:
