@@ -38,6 +38,8 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 
 def language_of(text: str) -> tuple[str, float]:
-    """(code, probability) of the likeliest language of the first 2,000 characters."""
+    """(code, probability) of the likeliest language of the first 2,000 characters; `und`, 0 for a blank text."""
+    if not text or text.isspace():
+        return "und", 0.0
     language, probability = _identifier().classify(text[:_CHARACTERS])
     return str(language), float(probability)

@@ -39,11 +39,8 @@ def word_numbers(words: list[str]) -> Numbers:
     if len(_KNOWN) > _MOST_KNOWN:
         _KNOWN.clear()
     known = _KNOWN
-    try:
-        return np.array([known[word] for word in words], np.uint64)
-    except KeyError:
-        for word in set(words) - known.keys():
-            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+    for word in {word for word in words if word not in known}:
+        known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
     return np.array([known[word] for word in words], np.uint64)
 
 

@@ -42,6 +42,10 @@ def test_only_the_beginning_is_read() -> None:
     assert language_of(english + "Здравствуйте, меня зовут Иван. " * 500) == language_of(english[:2000])
 
 
+def test_a_blank_text_has_none() -> None:
+    assert language_of("") == language_of(" \n") == ("und", 0.0)
+
+
 def test_unknown_language() -> None:
     check_languages(("en", "de"))
     with pytest.raises(UsageError, match="`xx` is none of the"):
