@@ -45,16 +45,15 @@ class Cleaning:
     """What cleaning did to a segment.
 
     ``removed``: (line, why). ``digests``, ``signatures`` [num_permutations] and ``keys`` (`seen.document_keys`) of the
-    documents that stay, where duplicates are looked for. ``redacted`` counts what was replaced, by kind; ``changed``
-    the documents it was in.
+    documents that stay, where duplicates are looked for. ``redacted``: of each document that stays, how many pieces
+    were replaced, by kind; where that is asked for.
     """
 
     removed: list[tuple[int, Removal]] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     signatures: list[Signature] = field(default_factory=list)
     keys: list[Numbers] = field(default_factory=list)
-    redacted: Counter[str] = field(default_factory=Counter)
-    changed: int = 0
+    redacted: list[Counter[str]] = field(default_factory=list)
 
 
 class Cleaner:
@@ -135,13 +134,12 @@ class Cleaner:
 
     def _redacted(self, document: Document, done: Cleaning) -> Document:
         pieces: list[str] = []
-        found = 0
+        counts: Counter[str] = Counter()
         for text in [document] if isinstance(document, str) else document:
             spans = pii.find(text, self.section.phone_regions)
-            found += len(spans)
-            done.redacted.update(span.kind for span in spans)
+            counts.update(span.kind for span in spans)
             pieces.append(pii.redact(text, spans))
-        done.changed += found > 0
+        done.redacted.append(counts)
         return pieces[0] if isinstance(document, str) else pieces
 
     def _signature(self, text: _Text) -> Signature:

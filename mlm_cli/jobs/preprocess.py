@@ -113,9 +113,8 @@ def _encode_with(choice: Choice, work: Plan, partial: PartialRun) -> None:
     show = ByteProgress("preprocess", work.total_bytes, partial.position.consumed)
     deduplicate = request.clean.deduplicate != "none"
     duplicates = Duplicates(request.clean, partial, work.sources) if deduplicate else None
-    with EncoderPool(work.tokenizer, choice, work.encode, workers) as pool, show, contextlib.ExitStack() as closing:
-        if duplicates is not None:
-            closing.callback(duplicates.close)
+    closing = contextlib.closing(duplicates) if duplicates is not None else contextlib.nullcontext()
+    with closing, EncoderPool(work.tokenizer, choice, work.encode, workers) as pool, show:
         for task, results in pool.run(tasks, sample):
             for segment, result in zip(task, results, strict=True):
                 commit(segment, result, work, partial, duplicates)

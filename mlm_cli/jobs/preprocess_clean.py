@@ -142,7 +142,7 @@ def filter_report(section: CleanSection, partial: PartialRun | None = None) -> l
     report: list[dict[str, Any]] = []
     asked = section.model_dump(mode="json")
     for name, keys in _KEYS.items():
-        if asked[name] in (None, False, [], "none"):
+        if asked[name] is False or asked[name] in (None, [], "none"):
             continue
         if name == "deduplicate" and section.deduplicate == "exact":
             keys = ("deduplicate",)

@@ -71,7 +71,7 @@ def _clean(
     cleaning, at = result.cleaning, partial.position
     if cleaning is None:
         return 0
-    removed = cleaning.removed
+    removed, redacted = cleaning.removed, cleaning.redacted
     if duplicates is not None:
         keep, again = duplicates.remove(cleaning, result.numbers, segment.source)
         removed = sorted(removed + again, key=lambda entry: entry[0])
@@ -79,12 +79,14 @@ def _clean(
             eod = work.encode.eod is not None
             result.encoded = {key: encoded.keep(keep, eod=eod) for key, encoded in result.encoded.items()}
             result.numbers = result.numbers[keep]
+            redacted = [counts for counts, stays in zip(redacted, keep, strict=False) if stays]
     partial.removed.append(removal_lines(shown(work.sources[segment.source]), at.line, removed))
     for _, removal in removed:
         at.removed[removal.name] = at.removed.get(removal.name, 0) + 1
-    for kind, count in cleaning.redacted.items():
-        at.redacted[kind] = at.redacted.get(kind, 0) + count
-    at.changed += cleaning.changed
+    for counts in redacted:
+        at.changed += bool(counts)
+        for kind, count in counts.items():
+            at.redacted[kind] = at.redacted.get(kind, 0) + count
     return len(removed)
 
 

@@ -90,6 +90,7 @@ def test_what_stays_is_what_a_run_over_it_alone_writes(tmp_path: Path, source: P
     assert all(names.count(name) > 50 for name in ("min_words", "max_words", "gopher_repetition", "deduplicate"))
     [pii] = [entry for entry in sidecar.filters if entry["filter"] == "pii"]
     assert pii["redacted"] == {"EMAIL_ADDRESS": pii["changed"], "IP_ADDRESS": pii["changed"]} and pii["changed"] > 100
+    assert pii["changed"] == sum("<EMAIL_ADDRESS>" in text for text in kept)  # not in what went as a duplicate
     for line, entry in gone.items():
         if entry["filter"] == "deduplicate":
             of = entry["of"]["line"]
