@@ -3,10 +3,11 @@
     python benchmarks/clean.py                        # some 10 MB of novels, 3 rounds: about 10 minutes on two cores
     python benchmarks/clean.py --novels 3 --rounds 1
 
-Documents are pieces of 3,000 characters of English novels (MLM_TEST_DATA). Filters run in one process on one core,
-contenders take turns, figures are medians of processor time. Rivals are used where they are installed: `datasketch`
-(MinHash, LSH), `datatrove` (Gopher's rules, with words between white space as ours, and with its own tokenizer, which
-is spaCy's) and `presidio-analyzer` (its pattern recognisers alone, without a language model, as many countries).
+Documents are pieces of 3,000 characters of English novels (MLM_TEST_DATA). Filters run in one process on one core;
+contenders take turns; figures are medians of processor time, which hardly depends on what else the machine does.
+Rivals are used where they are installed: `datasketch` (MinHash, LSH), `datatrove` (Gopher's rules, with words between
+white space as ours, and with its own tokenizer, which is spaCy's) and `presidio-analyzer` (its pattern recognisers
+alone, without a language model, for as many countries).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gzip
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -206,25 +208,29 @@ def filters(texts: list[str], tests: Path, rounds: int) -> dict[str, dict[str, f
     return report
 
 
-def whole_runs(texts: list[str], tests: Path, work: Path, rounds: int, tokenizer: str) -> dict[str, float]:
-    """Wall seconds of `mlm preprocess` with two workers, from the start of the command to its end."""
+def whole_runs(texts: list[str], tests: Path, work: Path, rounds: int, tokenizer: str) -> dict[str, dict[str, float]]:
+    """Seconds of `mlm preprocess` with two workers, from the start of the command to its end, and of its processors."""
     source = work / "input.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
     path = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
     for number in range(rounds + 1):
         for name in list(SETTINGS) if number % 2 else list(SETTINGS)[::-1]:
             keys = [f"preprocess.clean.{setting}".replace("TESTS", str(tests)) for setting in SETTINGS[name]]
             fixed = ["--tokenizer", tokenizer, "-o", str(work / "out"), "--workers", "2", "--overwrite", "-q"]
-            begun = time.perf_counter()
+            begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([*MLM, str(source), *keys, *fixed], check=True, env=environment, capture_output=True)
             if number:
-                seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, taken in medians.items():
-        print(f"whole run, {name:<25} {taken:7.2f} s {source.stat().st_size / 1e6 / taken:7.2f} MB/s")
-    return medians
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                seconds[name].append((time.perf_counter() - begun, used))
+    report = {}
+    for name, values in seconds.items():
+        wall, used = (statistics.median(column) for column in zip(*values, strict=True))
+        report[name] = {"seconds": wall, "processor_seconds": used, "mb": source.stat().st_size / 1e6}
+        print(f"whole run, {name:<25} {wall:7.2f} s, {used:7.2f} s of processors")
+    return report
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
     Raises:
         UsageError: not so.
     """
-    known = sorted(map(str, _identifier().nb_classes))
+    known = sorted(map(str, _identifier().labels))
     for language in languages:
         if language not in known:
             raise UsageError(

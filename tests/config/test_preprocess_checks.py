@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,6 @@ def clean(*settings: str, verb: str = "preprocess") -> CleanSection:
 def test_mistakes(settings: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
         clean(*settings)
-    import re
-
     assert re.search(message, f"{error.value.message} {error.value.hint}")
 
 
@@ -49,6 +48,9 @@ def test_all_at_once() -> None:
     with pytest.raises(UsageError) as error:
         clean("min_words=3", "max_words=2", "num_permutations=64", "gopher_quality=true", "languages=[fr]")
     assert error.value.message.startswith("3 mistakes")
+    with pytest.raises(UsageError) as error:
+        clean("min_words=3", "max_words=2", "dedup=near", "pii=mask")
+    assert error.value.message.startswith("3 mistakes")  # a wrong key does not hide what is wrong with the others
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_what_goes_together(settings: list[str]) -> None:
     assert clean(*settings).active
 
 
-def test_other_verbs_do_not_look(tmp_path: Path) -> None:
+def test_other_verbs_do_not_look() -> None:
     assert clean("jaccard_threshold=0.7", verb="generate").jaccard_threshold == 0.7
 
 
