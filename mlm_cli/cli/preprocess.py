@@ -49,7 +49,7 @@ DocumentsFlag = Annotated[
 ]
 MergeFlag = Annotated[bool, typer.Option("--merge", help="Inputs are finished sets: join them into PREFIX.")]
 # What a recipe says about the same things; flags win.
-MERGED = ("tokenizer", "output", "json_key", "append_eod", "on_bad_line", "workers")
+MERGED = ("tokenizer", "output", "json_key", "append_eod", "on_bad_line", "workers", "clean")
 
 
 def preprocess(
@@ -156,11 +156,14 @@ def _merge(prefixes: tuple[str, ...], output: str | None, overwrite: bool, dry_r
 
 def _dry_run(request: PreprocessRequest, format: str) -> int:
     from mlm_cli.jobs import preprocess as job
+    from mlm_cli.jobs.preprocess_clean import filter_report
 
     work = job.plan(request)
     found = [source.__dict__ for source in work.sources]
     names = [f"{request.output}_{name}" for name in work.names.values()]
     report = {"inputs": found, "bytes": work.total_bytes, "outputs": names, "dtype": work.encode.dtype}
+    if request.clean.active:
+        report["filters"] = filter_report(request.clean)
     emit_json(report) if format == "json" else emit(_dry_text(report))
     return 0
 
@@ -168,6 +171,7 @@ def _dry_run(request: PreprocessRequest, format: str) -> int:
 def _dry_text(report: dict[str, Any]) -> str:
     lines = [f"{source['size']:>15,}  {source['format']:<8} {source['path']}" for source in report["inputs"]]
     lines.append(f"{report['bytes']:>15,}  bytes in all")
+    lines += _filter_lines(report)
     return "\n".join([*lines, *(f"would write {name}.bin and .idx ({report['dtype']})" for name in report["outputs"])])
 
 
@@ -179,9 +183,19 @@ def _text(summary: dict[str, Any]) -> str:
     ]
     if summary.get("skipped"):
         lines.append(f"{summary['skipped']:,} of {summary['read']:,} skipped: listed in {summary['prefix']}.bad.jsonl")
+    if summary.get("removed"):
+        count = f"{summary['removed']:,} of {summary['read']:,}"
+        lines.append(f"{count} removed: listed in {summary['prefix']}.removed.jsonl")
+    lines += _filter_lines(summary)
     if summary.get("empty_documents"):
         lines.append(f"{summary['empty_documents']:,} documents are empty")
     if "seconds" in summary and "backend" in summary:
         speed = f", {summary['mb_per_s']:,.1f} MB/s" if summary["bytes"] > 1e6 else ""
         lines.append(f"{summary['seconds']:.2f} s{speed}, backend {summary['backend']}")
     return "\n".join(lines)
+
+
+def _filter_lines(report: dict[str, Any]) -> list[str]:
+    from mlm_cli.jobs.preprocess_clean import filter_text
+
+    return [f"  {filter_text(entry)}" for entry in report.get("filters", ())]

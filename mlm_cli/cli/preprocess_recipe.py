@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlm_cli.cli.flags import is_key_value
+
+if TYPE_CHECKING:
+    from mlm_cli.config.clean_section import CleanSection
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Merged:
     append_eod: bool
     on_bad_line: Literal["stop", "skip"]
     workers: int | None
+    clean: CleanSection
 
 
 def inputs_and_keys(arguments: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
@@ -53,4 +57,5 @@ def from_recipe(recipe: str | None, keys: list[str], inputs: Sequence[str], flag
         append_eod=section.append_eod,
         on_bad_line=section.on_bad_line,
         workers=section.workers,
+        clean=section.clean,
     )

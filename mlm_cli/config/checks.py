@@ -8,6 +8,7 @@ from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.model_checks import check_contrast, check_model
+from mlm_cli.config.preprocess_checks import check_preprocess
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
@@ -47,6 +48,8 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
     if verb == "pretrain":
         found += _data(recipe.data)
         found += _tokenizer(recipe)
+    if verb == "preprocess":
+        found += check_preprocess(recipe)
     if verb == "finetune":
         found += _task(recipe)
     if verb in TRAINING_VERBS and recipe.output is None:

@@ -15,7 +15,7 @@ from mlm_cli.config.schema import Recipe
 # are made absolute only if something by that name is there.
 PATH_KEYS = (
     *("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data"),
-    "parallel.offload_folder",
+    *("parallel.offload_folder", "preprocess.clean.decontaminate"),
 )
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
 

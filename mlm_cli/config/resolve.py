@@ -224,8 +224,10 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
 def _absolute_paths(values: dict[str, Any]) -> None:
     """Make the paths of a draft absolute, in place."""
     for key in (*PATH_KEYS, *PATH_OR_NAME_KEYS):
-        section, _, last = key.rpartition(".")
-        holder = values.get(section) if section else values
+        *sections, last = key.split(".")
+        holder: Any = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and last in holder:
             holder[last] = _absolute(holder[last], certain=key in PATH_KEYS)
 
@@ -270,8 +272,11 @@ def _without(values: dict[str, Any], path: Key) -> dict[str, Any]:
     section = section_of(field_info.annotation) if field_info else None
     if len(path) == 1 or not isinstance(values.get(path[0]), dict) or (section and path[0] == "task"):
         return {key: value for key, value in values.items() if key != path[0]}
-    inner = {key: value for key, value in values[path[0]].items() if key != path[1]}
-    return {**values, path[0]: inner}
+    outer = values[path[0]]
+    if len(path) > 2 and isinstance(outer.get(path[1]), dict) and path[1] not in OPTIONAL_SECTIONS:
+        inner = {key: value for key, value in outer[path[1]].items() if key != path[2]}
+        return {**values, path[0]: {**outer, path[1]: inner}}
+    return {**values, path[0]: {key: value for key, value in outer.items() if key != path[1]}}
 
 
 def _shown(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from mlm_cli.config.clean_section import CleanSection
 from mlm_cli.config.section import Beams, LengthPenalty, Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
@@ -344,6 +345,7 @@ class PreprocessSection(Section):
     append_eod: bool = True
     json_key: str = "text"
     on_bad_line: Literal["stop", "skip"] = "stop"
+    clean: CleanSection = Field(default=CleanSection(), description="documents to leave out, personal data to take out")
 
 
 class LogSection(Section):

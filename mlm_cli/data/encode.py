@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mlm_cli.data.clean import Cleaner, Cleaning
 from mlm_cli.data.parse import Document, parse_segment
 from mlm_cli.data.segment import Segment
 from mlm_cli.data.sentences import split_sentences
@@ -27,32 +28,46 @@ class EncodeSettings:
     eod: int | None
     split_sentences: bool
     max_line: int
+    cleaner: Cleaner | None = None
 
 
 @dataclass
 class Encoded:
     """Whole documents of one key: all ids, i32 tokens per sequence, i64 sequences per document.
 
-    ``characters`` of the text and ``text_tokens`` they gave, without end-of-document ids.
+    ``characters`` of each document's text, i64, and ``text_tokens`` all gave, without end-of-document ids.
     """
 
     tokens: Ids
     lengths: npt.NDArray[np.int32]
     sequences: npt.NDArray[np.int64]
     max_token: int
-    characters: int
+    characters: npt.NDArray[np.int64]
     text_tokens: int
+
+    def keep(self, keep: npt.NDArray[np.bool_], *, eod: bool) -> Encoded:
+        """The documents where ``keep`` [documents] is true; ``eod``: whether each ends with an id of its own."""
+        of_sequences = np.repeat(keep, self.sequences)
+        tokens = self.tokens[np.repeat(of_sequences, self.lengths)]
+        sequences = self.sequences[keep]
+        text_tokens = len(tokens) - (int((sequences > 0).sum()) if eod else 0)
+        lengths, characters = self.lengths[of_sequences], self.characters[keep]
+        return Encoded(tokens, lengths, sequences, _top(tokens), characters, text_tokens)
 
 
 @dataclass
 class SegmentResult:
-    """What became of a segment. ``numbers``: line of each document, from 1 within the segment."""
+    """What became of a segment. ``numbers``: line of each document, from 1 within the segment.
+
+    ``cleaning``: what was left out, and what is needed to leave out more; None where nothing is cleaned.
+    """
 
     encoded: dict[str, Encoded]
     numbers: npt.NDArray[np.int64]
     lines: int
     read: int
     bad: list[tuple[int, str]]
+    cleaning: Cleaning | None = None
 
 
 def encode_segment(segment: Segment, settings: EncodeSettings, encoder: Encoder) -> SegmentResult:
@@ -62,8 +77,10 @@ def encode_segment(segment: Segment, settings: EncodeSettings, encoder: Encoder)
         DataError: the file changed under us. What is wrong with single lines is in the result instead.
     """
     parsed = parse_segment(segment, settings.keys, settings.max_line)
+    cleaning = settings.cleaner.clean(parsed) if settings.cleaner is not None else None
     encoded = {key: encode_documents(documents, settings, encoder) for key, documents in parsed.documents.items()}
-    return SegmentResult(encoded, np.array(parsed.numbers, np.int64), parsed.lines, parsed.read, parsed.bad)
+    numbers = np.array(parsed.numbers, np.int64)
+    return SegmentResult(encoded, numbers, parsed.lines, parsed.read, parsed.bad, cleaning)
 
 
 def encode_documents(documents: Sequence[Document], settings: EncodeSettings, encoder: Encoder) -> Encoded:
@@ -73,24 +90,26 @@ def encode_documents(documents: Sequence[Document], settings: EncodeSettings, en
         sizes = np.diff(ends, prepend=0).astype(np.int32)
         filled = sizes > 0
         ends_added = 0 if settings.eod is None else int(filled.sum())
-        characters = sum(map(len, documents))
+        characters = np.fromiter(map(len, documents), np.int64, len(documents))
         text_tokens = len(tokens) - ends_added
         return Encoded(tokens, sizes[filled], filled.astype(np.int64), _top(tokens), characters, text_tokens)
     texts: list[str] = []
     counts: list[int] = []
-    for document in documents:
+    characters = np.zeros(len(documents), np.int64)
+    for number, document in enumerate(documents):
         pieces = document if isinstance(document, list) else [document]
         if settings.split_sentences and isinstance(document, str):
             pieces = split_sentences(document)
         counts.append(len(pieces))
+        characters[number] = sum(map(len, pieces))
         texts += pieces
     end = None if settings.eod is None else np.array([settings.eod], settings.dtype)
     arrays = encoder.encode(texts, settings.dtype)
-    return _several_sequences(arrays, counts, end, settings.dtype, characters=sum(map(len, texts)))
+    return _several_sequences(arrays, counts, end, settings.dtype, characters)
 
 
 def _several_sequences(
-    arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str, *, characters: int
+    arrays: list[Ids], counts: list[int], end: Ids | None, dtype: str, characters: npt.NDArray[np.int64]
 ) -> Encoded:
     pieces: list[Ids] = []
     lengths: list[int] = []

@@ -72,7 +72,8 @@ def publish(parts: dict[str, IndexedParts], folder: Path, target: str) -> None:
     for name, part in parts.items():
         Path(f"{target}_{name}.idx").unlink(missing_ok=True)
         part.paths[0].replace(f"{target}_{name}.bin")
-    for suffix in (".json", ".origins.npy", ".bad.jsonl"):  # of an older set of that name: they describe other files
+    # those of an older set of that name describe other files
+    for suffix in (".json", ".origins.npy", ".bad.jsonl", ".removed.jsonl"):
         Path(target + suffix).unlink(missing_ok=True)
     if (folder / "sidecar.json").exists():
         (folder / "sidecar.json").replace(f"{target}.json")

@@ -32,7 +32,7 @@ class Position:
     """How far a run has come: what the journal holds.
 
     ``source`` is being read, from ``resume`` (bytes, or rows of a table), ``line`` lines of it are done. ``sizes``:
-    bytes of every growing file.
+    bytes of every growing file. ``removed`` by filter, ``redacted`` by kind in ``changed`` documents: see `clean.py`.
     """
 
     source: int = 0
@@ -43,6 +43,9 @@ class Position:
     read: int = 0
     skipped: int = 0
     empty: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+    redacted: dict[str, int] = field(default_factory=dict)
+    changed: int = 0
     here: dict[str, int] = field(default_factory=lambda: fresh_counts())
     max_token: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, list[int]] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Position:
 
 def fresh_counts() -> dict[str, int]:
     """Counts of the source being read, at its start."""
-    return dict.fromkeys(("documents", "read", "skipped", "empty", "characters", "text_tokens"), 0)
+    return dict.fromkeys(("documents", "read", "skipped", "removed", "empty", "characters", "text_tokens"), 0)
 
 
 class _Log:
@@ -154,9 +157,18 @@ class PartialRun:
         self.origins = _Log(self.folder / "origins", sizes.get("origins", [0])[0])
         self.bad = _Log(self.folder / "bad.jsonl", sizes.get("bad.jsonl", [0])[0])
         self.sources = _Log(self.folder / "sources.jsonl", sizes.get("sources.jsonl", [0])[0])
+        self.removed = _Log(self.folder / "removed.jsonl", sizes.get("removed.jsonl", [0])[0])
+        self.seen = _Log(self.folder / "seen", sizes.get("seen", [0])[0])
         if not self.origins.size:
             self.origins.append(_npy_header(0))
         self.mark()
+
+    def origin(self, document: int) -> tuple[int, int]:
+        """(source, line) of a document written so far."""
+        with self.origins.path.open("rb") as stream:
+            stream.seek(_NPY_BYTES + document * ORIGIN.itemsize)
+            record = np.frombuffer(stream.read(ORIGIN.itemsize), ORIGIN)[0]
+        return int(record["source"]), int(record["line"])
 
     def start_again(self) -> None:
         """Forget everything read so far."""
@@ -170,6 +182,7 @@ class PartialRun:
         """The files and the position agree now: what :meth:`checkpoint` writes, even if a later step fails half-way."""
         sizes = {self.names[key]: list(part.sizes) for key, part in self.parts.items()}
         logs = {"origins": self.origins, "bad.jsonl": self.bad, "sources.jsonl": self.sources}
+        logs |= {"removed.jsonl": self.removed, "seen": self.seen}
         sizes |= {name: [log.size] for name, log in logs.items()}
         self._marked = asdict(self.position) | {"sizes": sizes}
 
@@ -196,10 +209,11 @@ class PartialRun:
             growing.close()
 
     def _growing(self) -> list[IndexedParts | _Log]:
-        return [*self.parts.values(), self.origins, self.bad, self.sources]
+        return [*self.parts.values(), self.origins, self.bad, self.sources, self.removed, self.seen]
 
-    def publish(self, sidecar_text: str, *, with_bad: bool) -> None:
+    def publish(self, sidecar_text: str) -> None:
         """Put everything under its final name: data first, the ``.idx`` files that make it visible last."""
+        lists = {log.path.name: log.size > 0 for log in (self.bad, self.removed)}
         moves: list[tuple[str, str]] = []
         for key, name in self.names.items():
             self.parts[key].write_index(self.folder / f"{name}.idx")
@@ -207,8 +221,7 @@ class PartialRun:
         with self.origins.path.open("r+b") as stream:
             stream.write(_npy_header((self.origins.size - _NPY_BYTES) // ORIGIN.itemsize))
         moves.append(("origins", f"{self.prefix}.origins.npy"))
-        if with_bad:
-            moves.append(("bad.jsonl", f"{self.prefix}.bad.jsonl"))
+        moves += [(name, f"{self.prefix}.{name}") for name, filled in lists.items() if filled]
         (self.folder / "sidecar.json").write_text(sidecar_text, encoding="utf-8")
         moves.append(("sidecar.json", f"{self.prefix}.json"))
         moves += [(f"{name}.idx", f"{self.prefix}_{name}.idx") for name in self.names.values()]
@@ -217,8 +230,9 @@ class PartialRun:
         plan = self.folder / "publish.json"
         plan.with_suffix(".new").write_text(json.dumps(moves), encoding="utf-8")
         plan.with_suffix(".new").replace(plan)
-        if not with_bad:  # that of an older data set of this name has no successor
-            Path(f"{self.prefix}.bad.jsonl").unlink(missing_ok=True)
+        for name, filled in lists.items():
+            if not filled:  # that of an older data set of this name has no successor
+                Path(f"{self.prefix}.{name}").unlink(missing_ok=True)
         _move(self.folder, moves)
         self.remove()
 

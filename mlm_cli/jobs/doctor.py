@@ -29,6 +29,8 @@ REQUIRED = (
 OPTIONAL = {
     "gigatoken": ("fast", "BPE many times faster"),
     "zstandard": ("data", ".zst input"),
+    "py3langid": ("data", "cleaning by language"),
+    "phonenumbers": ("pii", "telephone numbers in text"),
     "sentencepiece": ("sentencepiece", "SentencePiece .model files"),
     "scikit-learn": ("eval", "scores beyond accuracy and F1"),
     "sacrebleu": ("eval", "BLEU and chrF of translations"),

@@ -16,6 +16,7 @@ from mlm_cli.data.merge import merge_pairs, publish
 from mlm_cli.data.sidecar import Sidecar, load_sidecar, sidecar_path
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import DataError, MlmError, UsageError
+from mlm_cli.jobs.preprocess_clean import filter_text
 
 _SAMPLED = 1 << 20
 _SHOWN_TOKENS = 96
@@ -50,6 +51,7 @@ def inspect(prefix: str, *, tokenizer: str | None = None, documents: int = 3) ->
             "eod_id": sidecar.eod_id,
             "sources": len(sidecar.sources),
             "skipped": sidecar.bad_lines.get("count", 0),
+            "filters": sidecar.filters,
         }
         report["characters_per_token"] = _characters_per_token(sidecar)
     known = _tokenizer_of(tokenizer, sidecar)
@@ -131,6 +133,7 @@ def inspection_text(report: dict[str, Any]) -> str:
             f"made with {side['tokenizer']} ({side['vocab_size']:,} tokens, {side['tokenizer_fingerprint'][:12]}) "
             f"from {side['sources']:,} inputs, {side['skipped']:,} lines skipped"
         )
+        lines += [f"cleaned by {filter_text(entry)}" for entry in side["filters"]]
     if fits := report.get("characters_per_token"):
         mean = sum(entry["characters"] for entry in fits) / sum(entry["tokens"] for entry in fits)
         lines.append(f"characters per token: {mean:.2f}" + ("; by input, lowest first:" if len(fits) > 1 else ""))

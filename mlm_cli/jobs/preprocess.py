@@ -23,6 +23,7 @@ from mlm_cli.data.sources import Source
 from mlm_cli.data.tokenizer_backends import Choice, ReferenceEncoder, choose_encoder
 from mlm_cli.data.workers import BackendDisagreesError, EncoderPool, Task
 from mlm_cli.errors import DataError, ResourceError
+from mlm_cli.jobs.preprocess_clean import Duplicates, filter_report, filter_text
 from mlm_cli.jobs.preprocess_plan import Plan, PreprocessRequest, existing, plan
 from mlm_cli.jobs.preprocess_record import commit, nothing_good, sidecar, summary
 from mlm_cli.jobs.progress import ByteProgress
@@ -54,9 +55,9 @@ def run(request: PreprocessRequest) -> dict[str, Any]:
     try:
         choice = _encode_all(work, partial)
         if partial.position.documents == 0:
-            raise nothing_good(partial)
+            raise nothing_good(partial, request.clean)
         report = summary(work, partial, choice)
-        partial.publish(sidecar(work, partial, choice).text(), with_bad=partial.position.skipped > 0)
+        partial.publish(sidecar(work, partial, choice).text())
     except BaseException as error:
         _leave(partial, begun, work)
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -110,10 +111,13 @@ def _encode_with(choice: Choice, work: Plan, partial: PartialRun) -> None:
     sizes = [0, *itertools.accumulate(source.size for source in work.sources)]
     journaled = time.monotonic()
     show = ByteProgress("preprocess", work.total_bytes, partial.position.consumed)
-    with EncoderPool(work.tokenizer, choice, work.encode, workers) as pool, show:
+    deduplicate = request.clean.deduplicate != "none"
+    duplicates = Duplicates(request.clean, partial, work.sources) if deduplicate else None
+    closing = contextlib.closing(duplicates) if duplicates is not None else contextlib.nullcontext()
+    with closing, EncoderPool(work.tokenizer, choice, work.encode, workers) as pool, show:
         for task, results in pool.run(tasks, sample):
             for segment, result in zip(task, results, strict=True):
-                commit(segment, result, work, partial)
+                commit(segment, result, work, partial, duplicates)
                 partial.position.consumed = sizes[segment.source] + segment.consumed
                 drop_spool(segment)
             partial.mark()
@@ -131,7 +135,8 @@ def _opening(work: Plan, choice: Choice, workers: int) -> str:
         text += f"; .txt: one document a {work.request.txt_documents} (--txt-documents {other} for one a {other})"
     name = f"{work.tokenizer.name} ({work.tokenizer.kind}, {work.tokenizer.vocab_size:,} tokens)"
     text += f"\ntokenizer {name}, backend {choice.encoder.name}: {choice.reason}"
-    return text + f"; {workers} worker{'s' * (workers != 1)}"
+    text += f"; {workers} worker{'s' * (workers != 1)}"
+    return "\n".join([text, *(f"filter {filter_text(entry)}" for entry in filter_report(work.request.clean))])
 
 
 def _segments(chunker: Chunker, sources: list[Source], partial: PartialRun) -> Iterator[Segment]:

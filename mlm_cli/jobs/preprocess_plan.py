@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mlm_cli import log
+from mlm_cli.config.clean_section import CleanSection
 from mlm_cli.data.encode import EncodeSettings
 from mlm_cli.data.indexed import optimal_dtype
 from mlm_cli.data.sidecar import read_sidecar
 from mlm_cli.data.sources import Source, bytes_of, find_sources
 from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import DataError, UsageError
+from mlm_cli.jobs.preprocess_clean import prepare_cleaning
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class PreprocessRequest:
     backend: str = "auto"
     overwrite: bool = False
     journal_seconds: float = 5.0
+    clean: CleanSection = field(default_factory=CleanSection)
 
 
 @dataclass
@@ -83,12 +86,14 @@ def plan(request: PreprocessRequest) -> Plan:
             f"tokenizer `{request.tokenizer}` has no end-of-document token to append",
             hint="give --no-append-eod, or a tokenizer with `<|endoftext|>` or an `eos_token`",
         )
+    cleaning = prepare_cleaning(request.clean, request.json_key)
     encode = EncodeSettings(
         keys=request.json_key,
         dtype=optimal_dtype(tokenizer.vocab_size).__name__,
         eod=tokenizer.eod_id if request.append_eod else None,
         split_sentences=request.split_sentences,
         max_line=max_line,
+        cleaner=cleaning.cleaner if cleaning is not None else None,
     )
     level = "sentence" if request.split_sentences else "document"
     settings = {
@@ -100,6 +105,8 @@ def plan(request: PreprocessRequest) -> Plan:
         "max_line": encode.max_line,
         "sources": [[absolute(s.path), s.format, s.packed, s.size, s.modified] for s in sources],
     }
+    if cleaning is not None:
+        settings["clean"] = cleaning.settings
     return Plan(request, sources, tokenizer, encode, {key: f"{key}_{level}" for key in request.json_key}, settings)
 
 
@@ -124,13 +131,15 @@ def existing(work: Plan) -> dict[str, Any] | None:
     assert sidecar is not None
     log.info(f"`{prefix}` is there already, made from the same input with the same settings: nothing to do")
     skipped = sidecar.bad_lines.get("count", 0)
+    removed = sum(entry["removed"] for entry in sidecar.filters)
+    cleaned = {"removed": removed, "filters": sidecar.filters} if work.request.clean.active else {}
     return {
         "prefix": prefix,
         "outputs": sidecar.outputs,
         "documents": sidecar.documents,
-        "read": sidecar.documents + skipped,
+        "read": sidecar.documents + skipped + removed,
         "skipped": skipped,
         "empty_documents": sum(source["empty_documents"] for source in sidecar.sources),
         "bytes": work.total_bytes,
         "already_there": True,
-    }
+    } | cleaned
