@@ -16,9 +16,12 @@ OutputFormat = Literal["text", "json"]
 NEEDED_DATA = {
     "perplexity": ("text", "give files or an indexed prefix with --data"),
     "crows_pairs": ("its pairs of sentences", "give crows_pairs_anonymized.csv with --data"),
+    "watermark": ("texts", "give JSON lines, as `mlm generate --format json` writes them, or text files with --data"),
 }
+WEIGHTLESS_TASKS = ("watermark",)  # read a model's tokenizer and the size of its vocabulary alone
 EVALUATION_TASKS = (*NEEDED_DATA, *TASK_KINDS)  # known without loading any of them
 Precision = Literal["auto", "fp32", "bf16"]
+WatermarkScheme = Literal["lefthash", "selfhash"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class EvaluateRequest:
     Attributes:
         model: run folder, checkpoint folder, Hugging Face folder, one of Megatron-LM, or Hub name.
         ensemble: further models whose answers are averaged with those of ``model``.
-        tasks: ``perplexity``, ``crows_pairs``, or kinds of task of ``config.tasks``.
+        tasks: ``perplexity``, ``crows_pairs``, ``watermark``, or kinds of task of ``config.tasks``.
         data: text files or prefixes of indexed data sets (perplexity), or the task's files.
         stride: tokens scored per window; unset: the whole window, so that windows do not overlap.
         batch_size: windows or examples scored at once on one rank. Never changes a score.
@@ -51,6 +54,9 @@ class EvaluateRequest:
         tensor: tensor-parallel size; the ranks left over share the data.
         tokenizer: instead of the one beside the model.
         task_keys: `task.*` recipe keys given by hand (columns, labels); the fine-tuned run's own recipe fills the rest.
+        watermark_ratio, watermark_scheme, watermark_context, watermark_key: of the watermark that is looked for; see
+            ``GenerateRequest``.
+        watermark_z: a text has it where its z-score is larger.
     """
 
     model: str
@@ -68,6 +74,11 @@ class EvaluateRequest:
     tokenizer: str | None = None
     task_keys: tuple[tuple[str, Any], ...] = ()
     ensemble: tuple[str, ...] = ()
+    watermark_ratio: float = 0.25
+    watermark_scheme: WatermarkScheme = "lefthash"
+    watermark_context: int | None = None
+    watermark_key: str | None = None
+    watermark_z: float = 4.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ``config`` part of ``results.json``."""
@@ -95,6 +106,12 @@ class GenerateRequest:
         stop: generation ends before the first of these strings.
         batch_size: prompts decoded at once. Never changes a greedy answer.
         as_trained: put prompts between the prefix and suffix that the model was fine-tuned with.
+        watermark_bias: added to the scores of green tokens; 0 is no watermark.
+        watermark_ratio: share of the vocabulary that is green.
+        watermark_scheme: what seeds a green list.
+        watermark_context: tokens that seed it; None: as many as is usual for the scheme.
+        watermark_key: where the secret is (``env:NAME`` or ``file:PATH``), never the secret itself.
+        provenance: say in each JSON answer what wrote it.
         output: file that the answers go to instead of standard output.
         tensor: tensor-parallel size; must be the number of ranks.
         tokenizer: instead of the one beside the model.
@@ -118,6 +135,12 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     batch_size: int = 8
     as_trained: bool = True
+    watermark_bias: float = 0.0
+    watermark_ratio: float = 0.25
+    watermark_scheme: WatermarkScheme = "lefthash"
+    watermark_context: int | None = None
+    watermark_key: str | None = None
+    provenance: bool = False
     output: str | None = None
     format: OutputFormat = "text"
     seed: int = 1234

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from mlm_cli.config.section import Beams, LengthPenalty, Section
+from mlm_cli.config.generate_section import GenerateSection
+from mlm_cli.config.section import Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
 
@@ -307,30 +308,7 @@ class EvaluateSection(Section):
     stride: int | None = Field(default=None, ge=1, description="`mlm evaluate --stride`")
     max_length: int | None = Field(default=None, ge=2, description="tokens of context; unset: the model's")
     limit: int | None = Field(default=None, ge=1, description="`mlm evaluate --limit`")
-
-
-class GenerateSection(Section):
-    """How `mlm generate` chooses its answers; its flags win over these keys."""
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=1.0, ge=0, description="0: greedy")
-    top_k: int = Field(default=0, ge=0, description="0 keeps every token")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    beams: Beams = 1
-    length_penalty: LengthPenalty = 1.0
-    contrastive_alpha: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="of a contrastive search among the `top_k` likeliest tokens: weight of being unlike the text so far"
-        " (0.6 is usual, with a top_k of 4 to 8); 0: none",
-    )
-    stop: tuple[str, ...] = ()
-    batch_size: int = Field(default=8, ge=1)
-    as_trained: bool = Field(
-        default=True, description="put prompts between the prefix and suffix that the model was fine-tuned with"
-    )
+    watermark_z: float = Field(default=4.0, gt=0, description="watermark: a text is marked where its z-score is larger")
 
 
 class PreprocessSection(Section):

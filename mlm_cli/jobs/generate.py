@@ -31,6 +31,7 @@ from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
 from mlm_cli.jobs.serve import Web
+from mlm_cli.jobs.watermark import watermark_of
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.task_folder import prompt_affixes
@@ -108,6 +109,7 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
     with _meeting(parallel) as told:
         section, config = read_model_config(folder)
         _check_family(section, request)
+        settings = _marked(request, settings)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
         settings = replace(settings, end_ids=end_ids(folder, tokenizer))
@@ -129,6 +131,13 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         with suppress(RuntimeError):  # a rank that is gone cannot be told; the first error counts
             decoder.close()
     return 0
+
+
+def _marked(request: GenerateRequest, settings: Settings) -> Settings:
+    """With the watermark that is asked for."""
+    if request.watermark_bias == 0:
+        return settings
+    return replace(settings, sampling=replace(settings.sampling, watermark=watermark_of(request)))
 
 
 @dataclass
