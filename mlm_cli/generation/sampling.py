@@ -1,9 +1,9 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, repetition penalty, watermark.
 
 The order is that of the field (and of `transformers`): penalty, temperature, top-k, top-p, watermark (which brings back
-nothing that was cut, and whose bias no temperature divides). Random numbers are a pure function of (seed, prompt number,
-token number), so an answer depends neither on the batch it was made in nor on the number of ranks, and a run can be
-repeated on another machine.
+nothing that was cut, and whose bias no temperature divides). Random numbers are a pure function of (seed, prompt
+number, token number), so an answer depends neither on the batch it was made in nor on the number of ranks, and a run
+can be repeated on another machine.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, EvaluateRequest
+from mlm_cli.config.requests import EVALUATION_TASKS, NEEDED_DATA, WEIGHTLESS_TASKS, EvaluateRequest
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
@@ -22,6 +22,7 @@ from mlm_cli.evaluation.results import TaskResult, results_document, results_tab
 from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
 from mlm_cli.jobs.evaluate_task import evaluate_task
+from mlm_cli.jobs.evaluate_watermark import evaluate_watermark
 from mlm_cli.jobs.scoring_parts import (
     Progress,
     context_length,
@@ -51,7 +52,8 @@ def run(request: EvaluateRequest) -> int:
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
         members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
-        agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
+        if not set(names).issubset(WEIGHTLESS_TASKS):
+            agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
         started, clock = time.time(), time.perf_counter()
         results = [result for name in names for result in _score(name, request, members, parallel)]
         document = results_document(
@@ -82,6 +84,8 @@ def _score(
 ) -> list[TaskResult]:
     if task == "crows_pairs":
         return [evaluate_bias(request, members[request.model], parallel, output=_output_folder(request))]
+    if task == "watermark":
+        return [evaluate_watermark(request, members[request.model], output=_output_folder(request))]
     if task != "perplexity":
         return evaluate_task(task, request, members, parallel, output=_output_folder(request))
     if request.ensemble:
