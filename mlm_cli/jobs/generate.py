@@ -254,7 +254,8 @@ def _writer(request: GenerateRequest, settings: Settings, origin: Provenance | N
 
 
 def _provenance(request: GenerateRequest, folder: Path, dtype: torch.dtype) -> Provenance:
-    """What the model is, after ``check_weights``."""
+    """What the model is, after ``check_weights``. Who asks a server is not told its paths."""
     weights, step = weights_fingerprint(folder)
-    facts = {"mlm_version": __version__, "model": request.model, "step": step, "weights_sha256": weights}
+    name = Path(request.model).name if request.serve else request.model
+    facts = {"mlm_version": __version__, "model": name, "step": step, "weights_sha256": weights}
     return Provenance(facts | {"dtype": str(dtype).removeprefix("torch."), "as_trained": request.as_trained})
