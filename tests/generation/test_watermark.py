@@ -184,8 +184,8 @@ def _sliced(rank: int, size: int, folder: Path, prompts: list[list[int]], start:
 
 
 def test_slicing_changes_no_answer(pair: Pair, run_ranks: Callable[..., list[Any]]) -> None:
-    if pair.folder.name.startswith("llama"):
-        pytest.skip("GPT-2 and T5 have shown it")
+    if not pair.folder.name.startswith("gpt2"):
+        pytest.skip("GPT-2 has shown it: rank 0 chooses, whatever the model")
     given = (pair.folder, pair.prompts, pair.start)
     assert run_ranks(_sliced, 2, *given)[0] == _sliced(0, 1, *given)
 
