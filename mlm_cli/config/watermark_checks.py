@@ -8,7 +8,7 @@ from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import Recipe
 
 _MAKE_A_KEY = (
-    "keep a random whole number in a file of your own (`python -c 'import secrets; print(secrets.randbits(31))' "
+    "keep a random whole number in a file of your own (`python -c 'import secrets; print(secrets.randbits(31) | 1)' "
     "> ~/watermark-key`) and name it: generate.watermark_key=file:~/watermark-key"
 )
 

@@ -221,9 +221,8 @@ def _answer_all(
     prompts: Iterable[EncodedPrompt],
     origin: Provenance | None,
 ) -> None:
-    with _writer(
-        request, settings, origin, many=request.prompts_file is not None or len(request.prompts) > 1
-    ) as writer:
+    many = request.prompts_file is not None or len(request.prompts) > 1
+    with _writer(request, settings, origin, many=many) as writer:
         show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
         answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer), show)
         begin = time.perf_counter()

@@ -109,18 +109,18 @@ def test_what_people_wrote_is_not_taken_for_marked(mark: Watermark, test_data: P
         test_data / "corpora/english_novels/Chesterton_Thursday_1908.txt.gz", "rt", encoding="utf-8"
     ) as file:
         words = file.read().split()[2000:]
-    passages = [tokenizer.encode(" " + " ".join(words[n * 100 : n * 100 + 100])) for n in range(40)]
+    passages = [tokenizer.encode(" " + " ".join(words[n * 100 : n * 100 + 100])) for n in range(30)]
     vocab_size = 2000  # lists of a small vocabulary are drawn quickly
     detector, found = Detector(mark.ratio, 4.0), list[Count]()
-    for key in range(101, 109):
+    for key in range(101, 107):
         this = replace(mark, key=key)
         found += [count_green([token % vocab_size for token in ids], this, vocab_size) for ids in passages]
     z = np.array([detector.z_score(count) for count in found], dtype=float)
-    assert min(count.scored for count in found) > 80 and len(z) == 320
+    assert min(count.scored for count in found) > 80 and len(z) == 180
     assert abs(z.mean()) < 0.3 and 0.85 < z.std() < 1.2
     assert (z > 4).sum() <= 1
     likely = np.array([detector.p_value(count) for count in found]) < 0.05
-    assert 0 < likely.mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 320)
+    assert 0 < likely.mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 180)
 
 
 QUESTIONS = [f" {WORDS[n]} {WORDS[3 * n]}" for n in range(1, 7)]
