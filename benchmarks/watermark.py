@@ -2,7 +2,7 @@
 
     python benchmarks/watermark.py runs/gpt --text novel.txt
 
-Prompts are pieces of ``--text``, answers are sampled at temperature 1. The ways take turns; speeds are medians, in
+Prompts are pieces of ``--text``, answers are sampled. The ways take turns; speeds are medians, in
 seconds of the processor, which other programs do not eat into. Perplexity is that of the same model for the answers.
 """
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[25, 50, 100, 200])
     given = parser.parse_args()
@@ -71,7 +72,7 @@ def main() -> None:
     answers: dict[str, list[str]] = {}
     for _ in range(given.rounds):
         for way, mark in WAYS.items():
-            settings = Settings(Sampling(watermark=mark), max(given.lengths))
+            settings = Settings(Sampling(given.temperature, watermark=mark), max(given.lengths))
             decoder = decoder_of(model, given.batch_size, settings, start_id=None)
             begin = time.process_time()
             found = list(make_answerer(decoder, settings, lambda: text_stream(tokenizer)).answers(prompts))
