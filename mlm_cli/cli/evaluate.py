@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mlm_cli.config.requests import EvaluateRequest
     from mlm_cli.config.schema import Recipe
 
+_WATERMARK = ("ratio", "scheme", "context", "key")  # what is looked for is what `mlm generate` was told to write
+
 
 def evaluate(
     model_or_key: ModelArgument = None,
@@ -74,6 +76,8 @@ def evaluate(
     regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
     translation, summarization, text_generation. A language model as it is: lambada, ranked_choice, lm_eval:NAME (a task
     of lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
+    watermark finds texts that were written with generate.watermark_bias and the same generate.watermark_key; of the
+    model it reads the tokenizer alone.
 
     \b
     Examples:
@@ -85,6 +89,7 @@ def evaluate(
       mlm evaluate runs/gpt --task lambada --data lambada_test.jsonl
       mlm evaluate runs/gpt --task lm_eval:arc_easy evaluate.num_fewshot=5
       mlm evaluate runs/bert --task crows_pairs --data crows_pairs_anonymized.csv -o results/bias
+      mlm evaluate runs/gpt --task watermark --data answers.jsonl generate.watermark_key=env:KEY -o results/mark
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """
@@ -153,6 +158,8 @@ def _request(
         format="json" if format == "json" else "text",
         ensemble=tuple(words[1:]) if ensemble else (),
         task_keys=tuple({**from_recipe, **task_keys}.items()),
+        watermark_z=recipe.evaluate.watermark_z,
+        **{f"watermark_{key}": getattr(recipe.generate, f"watermark_{key}") for key in _WATERMARK},
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )
 

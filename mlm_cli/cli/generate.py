@@ -86,7 +86,8 @@ def generate(
     is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks. --serve answers
     POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C. generate.beams=N looks for the
     likeliest answer by beam search, generate.contrastive_alpha=A for one that does not repeat itself among the --top-k
-    likeliest tokens.
+    likeliest tokens. generate.watermark_bias=2 marks the text so that who has the key can tell it later
+    (`mlm evaluate --task watermark`); generate.provenance=true says in each JSON line what wrote it.
 
     \b
     Examples:
@@ -95,6 +96,7 @@ def generate(
       echo "Once upon a time" | mlm generate runs/gpt --top-p 0.9 --seed 7
       mlm generate runs/t5 --prompts texts.jsonl generate.beams=4
       mlm generate runs/gpt --prompt "The " generate.contrastive_alpha=0.6 --top-k 4
+      mlm generate runs/gpt --prompt "The " generate.watermark_bias=2 generate.watermark_key=env:KEY
       mlm generate runs/gpt --interactive --nproc 2
       mlm generate runs/gpt --serve --port 8000 --batch-size 16
     """

@@ -19,6 +19,7 @@ from mlm_cli.config.shapes import (
     padded_vocab_size,
 )
 from mlm_cli.config.tasks import WRITTEN_KINDS, check_task
+from mlm_cli.config.watermark_checks import check_watermark
 from mlm_cli.errors import UsageError
 
 TRAINING_VERBS = ("pretrain", "finetune")
@@ -52,6 +53,8 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += check_preprocess(recipe)
     if verb == "finetune":
         found += _task(recipe)
+    if verb in ("generate", "evaluate"):
+        found += check_watermark(recipe, verb)
     if verb in TRAINING_VERBS and recipe.output is None:
         found.append(
             Mistake(("output",), "`output` is not set: there is no folder for the run", "add `--output runs/NAME`")

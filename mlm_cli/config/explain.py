@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mlm_cli.config.keys import section_of, suggest
+from mlm_cli.config.keys import SECRET_KEYS, section_of, suggest
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.schema import Recipe
 
@@ -63,7 +63,7 @@ def _mistake(key: str, details: list[ErrorDetails], values: dict[str, Any]) -> M
     if kind == "missing" and own:
         return Mistake((key,), f"`{key}` is missing", f"add `{key}=...` or the line to the recipe")
     inner = "".join(f"[{part}]" if isinstance(part, int) else "" for part in detail["loc"])
-    got = _short(detail["input"])
+    got = "something else (not shown)" if key in SECRET_KEYS else _short(detail["input"])
     if kind == "literal_error":
         return Mistake((key,), f"`{key}` must be one of {detail['ctx']['expected']}; it is {got}", _choice_hint(detail))
     if kind == "extra_forbidden":

@@ -19,6 +19,9 @@ PATH_KEYS = (
 )
 PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
 
+# Never repeated in a message: a user who writes the secret itself there is told so without it.
+SECRET_KEYS = ("generate.watermark_key",)
+
 # Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.
 OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling", "experts")
 

@@ -22,11 +22,14 @@ NEEDED_DATA = {
     "stereoset": ("its sentences", "give StereoSet's dev.json with --data"),
     "lambada": ("its passages", "give lambada_test.jsonl, or a passage a line, with --data"),
     "ranked_choice": ("questions and their choices", "give JSON lines with --data"),
+    "watermark": ("texts", "give JSON lines, as `mlm generate --format json` writes them, or text files with --data"),
 }
+WEIGHTLESS_TASKS = ("watermark",)  # read a model's tokenizer and the size of its vocabulary alone
 EVALUATION_TASKS = (*NEEDED_DATA, *TASK_KINDS)  # known without loading any of them
 TAKES_MAX_LENGTH = ("perplexity", "lambada", "ranked_choice")  # `evaluate.max_length`; tasks of the harness do, too
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 Precision = Literal["auto", "fp32", "bf16"]
+WatermarkScheme = Literal["lefthash", "selfhash"]
 
 
 def check_tasks(tasks: Sequence[str], data: Sequence[str]) -> None:
@@ -75,6 +78,9 @@ class EvaluateRequest:
         tensor: tensor-parallel size; the ranks left over share the data.
         tokenizer: instead of the one beside the model.
         task_keys: `task.*` recipe keys given by hand (columns, labels); the fine-tuned run's own recipe fills the rest.
+        watermark_ratio, watermark_scheme, watermark_context, watermark_key: of the watermark that is looked for; see
+            ``GenerateRequest``.
+        watermark_z: a text has it where its z-score is larger.
     """
 
     model: str
@@ -93,6 +99,11 @@ class EvaluateRequest:
     tokenizer: str | None = None
     task_keys: tuple[tuple[str, Any], ...] = ()
     ensemble: tuple[str, ...] = ()
+    watermark_ratio: float = 0.25
+    watermark_scheme: WatermarkScheme = "lefthash"
+    watermark_context: int | None = None
+    watermark_key: str | None = None
+    watermark_z: float = 4.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ``config`` part of ``results.json``."""
@@ -120,6 +131,12 @@ class GenerateRequest:
         stop: generation ends before the first of these strings.
         batch_size: prompts decoded at once. Never changes a greedy answer.
         as_trained: put prompts between the prefix and suffix that the model was fine-tuned with.
+        watermark_bias: added to the scores of green tokens; 0 is no watermark.
+        watermark_ratio: share of the vocabulary that is green.
+        watermark_scheme: what seeds a green list.
+        watermark_context: tokens that seed it; None: as many as is usual for the scheme.
+        watermark_key: where the secret is (``env:NAME`` or ``file:PATH``), never the secret itself.
+        provenance: say in each JSON answer what wrote it.
         output: file that the answers go to instead of standard output.
         tensor: tensor-parallel size; must be the number of ranks.
         tokenizer: instead of the one beside the model.
@@ -143,6 +160,12 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     batch_size: int = 8
     as_trained: bool = True
+    watermark_bias: float = 0.0
+    watermark_ratio: float = 0.25
+    watermark_scheme: WatermarkScheme = "lefthash"
+    watermark_context: int | None = None
+    watermark_key: str | None = None
+    provenance: bool = False
     output: str | None = None
     format: OutputFormat = "text"
     seed: int = 1234

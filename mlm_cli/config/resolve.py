@@ -21,7 +21,15 @@ from mlm_cli.config import yaml_text
 from mlm_cli.config.builtin import find_recipe
 from mlm_cli.config.checks import check
 from mlm_cli.config.explain import explain
-from mlm_cli.config.keys import OPTIONAL_SECTIONS, PATH_KEYS, PATH_OR_NAME_KEYS, section_of, suggest, written_out
+from mlm_cli.config.keys import (
+    OPTIONAL_SECTIONS,
+    PATH_KEYS,
+    PATH_OR_NAME_KEYS,
+    SECRET_KEYS,
+    section_of,
+    suggest,
+    written_out,
+)
 from mlm_cli.config.mistakes import Mistake, as_error
 from mlm_cli.config.schema import Recipe
 from mlm_cli.errors import ResourceError, UsageError
@@ -191,7 +199,8 @@ def _merge_override(draft: Draft, text: str) -> None:
     if path == ("base",):
         draft.mistakes.append(Mistake(("base",), "`base` cannot be an override", "name that recipe as RECIPE instead"))
         return
-    draft.merge(_nested(path, yaml_text.parse_value(value)), {path: f"override `{text}`"})
+    shown = f"{key}=..." if key in SECRET_KEYS else text
+    draft.merge(_nested(path, yaml_text.parse_value(value)), {path: f"override `{shown}`"})
 
 
 def _nested(path: Key, value: Any) -> dict[str, Any]:

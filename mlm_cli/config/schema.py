@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from mlm_cli.config.clean_section import CleanSection
-from mlm_cli.config.section import Beams, LengthPenalty, Section
+from mlm_cli.config.generate_section import GenerateSection
+from mlm_cli.config.section import Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
 
@@ -311,30 +312,7 @@ class EvaluateSection(Section):
     num_fewshot: int | None = Field(
         default=None, ge=0, description="examples before each question of `lm_eval:NAME`; unset: as the task has it"
     )
-
-
-class GenerateSection(Section):
-    """How `mlm generate` chooses its answers; its flags win over these keys."""
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=1.0, ge=0, description="0: greedy")
-    top_k: int = Field(default=0, ge=0, description="0 keeps every token")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    beams: Beams = 1
-    length_penalty: LengthPenalty = 1.0
-    contrastive_alpha: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="of a contrastive search among the `top_k` likeliest tokens: weight of being unlike the text so far"
-        " (0.6 is usual, with a top_k of 4 to 8); 0: none",
-    )
-    stop: tuple[str, ...] = ()
-    batch_size: int = Field(default=8, ge=1)
-    as_trained: bool = Field(
-        default=True, description="put prompts between the prefix and suffix that the model was fine-tuned with"
-    )
+    watermark_z: float = Field(default=4.0, gt=0, description="watermark: a text is marked where its z-score is larger")
 
 
 class PreprocessSection(Section):

@@ -63,7 +63,7 @@ def _all_documents(paths: Sequence[str], tokenizer: Tokenizer | None, key: str) 
             continue
         if tokenizer is None:
             raise DataError("text cannot be scored without a tokenizer", hint="name one with --tokenizer")
-        texts = (text for file in _files_of(Path(path)) for text in read_texts(file, key))
+        texts = (text for file in files_of(Path(path)) for text in read_texts(file, key))
         while group := list(islice(texts, _TOGETHER)):
             for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
                 yield Document(np.asarray(ids, dtype=np.int64), count_words(text), len(text.encode("utf-8")))
@@ -107,7 +107,8 @@ def _words_and_bytes(ids: np.ndarray, tokenizer: Tokenizer | None) -> tuple[int 
     return count_words(content.decode("utf-8", errors="replace")), len(content)
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """A file itself, or the text files of a folder, sorted. Raises DataError: a folder without any."""
     if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file)]
@@ -129,7 +130,12 @@ def _is_text(path: Path) -> bool:
 
 
 def read_texts(path: Path, key: str = "text") -> Iterator[str]:
-    """The texts of one file: a line each of ``.jsonl``, else the whole file.
+    """The texts of one file; see ``located_texts``."""
+    return (text for _, text in located_texts(path, key))
+
+
+def located_texts(path: Path, key: str = "text") -> Iterator[tuple[str, str]]:
+    """Where it stands, and each text of a file: a line each of ``.jsonl``, else the whole file.
 
     Raises:
         DataError: naming file and line.
@@ -139,11 +145,12 @@ def read_texts(path: Path, key: str = "text") -> Iterator[str]:
     try:
         with open_unpacked(path) as file:
             if _format(path) != "jsonl":
-                yield _decode(file.read(), str(path))
+                yield str(path), _decode(file.read(), str(path))
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _text_of_line(line.rstrip(b"\r\n"), f"{path}:{number}", key)
+                    where = f"{path}:{number}"
+                    yield where, _text_of_line(line.rstrip(b"\r\n"), where, key)
     except EOFError as error:
         raise DataError(f"{path} cannot be read, it is cut short or damaged: {error}") from None
     except OSError as error:

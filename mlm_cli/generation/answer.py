@@ -92,6 +92,11 @@ class Settings:
                 f"{self.sampling.top_k}",
                 hint="use --top-k 4",
             )
+        if self.contrastive_alpha and self.sampling.watermark is not None:
+            raise UsageError(
+                "contrastive search writes no watermark: what it weighs is not the model's score alone",
+                hint="leave generate.contrastive_alpha or generate.watermark_bias out",
+            )
         if self.length_penalty != 1 and self.beams == 1:
             raise UsageError(
                 f"length_penalty {self.length_penalty} is for a beam search, and there is none",

@@ -64,7 +64,7 @@ class BeamSearch(Search[_Beams]):
         scores = torch.log_softmax(logits, -1)
         for text, rows in zip(texts, scores, strict=True):
             for row, answer in zip(rows, text.answers, strict=True):
-                self._penalise(row, text, answer)
+                self._adjust(row, text, answer)
         scores += torch.tensor([text.scores for text in texts], device=scores.device)[..., None]
         best, places = scores.flatten(1).topk(self._num_candidates)
         vocabulary = scores.shape[-1]

@@ -53,7 +53,7 @@ class ContrastiveSearch(Search[_Contrasted]):
     def _propose(self, text: _Contrasted, logits: Tensor) -> None:
         """The likeliest tokens, one a row, behind ``logits [v]``; where there is no room for one, it is taken."""
         logits = logits.clone()
-        self._penalise(logits, text, text.tokens)
+        self._adjust(logits, text, text.tokens)
         text.probabilities, tokens = torch.softmax(logits, -1).topk(self._width)
         text.next_tokens = tokens.tolist()
         if text.length == text.max_length:

@@ -7,6 +7,7 @@ the model and the settings.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -28,11 +29,13 @@ class _Row(Draft):
         rule: its sampling without the seed: rows with the same one are chosen for together.
         position: its place among the prompts.
         seen: ids of prompt and answer so far, ``length`` of them, where there is a repetition penalty.
+        recent: the last of these ids, as many as a watermark looks at.
     """
 
     rule: Sampling
     position: int
     seen: Tensor
+    recent: deque[int]
 
 
 class Generator:
@@ -113,6 +116,7 @@ class Generator:
         if settings.sampling.repetition_penalty != 1:
             seen = torch.empty(self._decoder.max_length + 1, dtype=torch.int64)
             seen[: len(prefix)] = torch.tensor(prefix)
+        mark = settings.sampling.watermark
         row = _Row(
             source,
             settings,
@@ -123,6 +127,7 @@ class Generator:
             rule=replace(settings.sampling, seed=0),
             position=position,
             seen=seen,
+            recent=deque(prefix, maxlen=0 if mark is None else mark.context),
         )
         self._rows.append(row)
         return row
@@ -154,7 +159,7 @@ class Generator:
             seen = [row.seen[: row.length].to(logits.device) for row in rows]
         if not rule.greedy:
             numbers = [uniform(row.settings.sampling.seed, row.source.prompt.number, len(row.tokens)) for row in rows]
-        return choose(logits, rule, seen, numbers)
+        return choose(logits, rule, seen, numbers, [list(row.recent) for row in rows])
 
     def _take(self, row: _Row, token: int) -> None:
         """Add one token to a row, and see whether that ends it."""
@@ -163,8 +168,10 @@ class Generator:
             return
         length = row.length
         row.take(token)
-        if len(row.seen) and row.length > length:
-            row.seen[length] = token
+        if row.length > length:
+            row.recent.append(token)
+            if len(row.seen):
+                row.seen[length] = token
 
     def _retire(self) -> Iterator[tuple[int, Answer]]:
         """Move finished rows out; the last row takes the place, in the decoder and here."""

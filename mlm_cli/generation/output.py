@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from mlm_cli.errors import UsageError
 from mlm_cli.generation.answer import Answer
@@ -24,13 +24,23 @@ class AnswerWriter:
         path: file to write; None is standard output.
         as_json: one JSON object a line.
         many: several prompts.
+        provenance: of all answers, for their lines of JSON; each gets its prompt's number too, on which its random
+            numbers hang beside the seed. None: not told.
 
     Raises:
         UsageError: the file cannot be written.
     """
 
-    def __init__(self, path: str | None, *, as_json: bool, many: bool) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        as_json: bool,
+        many: bool,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         self._path, self._as_json, self._many = Path(path) if path else None, as_json, many
+        self._provenance = provenance
         self._first = True
         self._out: TextIO = sys.stdout
         if self._path is not None:
@@ -63,7 +73,10 @@ class AnswerWriter:
     def write(self, answer: Answer) -> None:
         """A finished answer. Its text is left out where it was shown already."""
         if self._as_json:
-            self._out.write(json.dumps(answer.record(), ensure_ascii=False) + "\n")
+            record = answer.record()
+            if self._provenance is not None:
+                record["provenance"] = {**self._provenance, "prompt_number": answer.prompt.number}
+            self._out.write(json.dumps(record, ensure_ascii=False) + "\n")
         elif self._many:
             gap = "" if self._first else "\n"
             self._out.write(f"{gap}==> {answer.prompt.id} <==\n{answer.text}\n")

@@ -1,8 +1,9 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, repetition penalty.
+"""Choosing the next token: greedy, temperature, top-k, top-p, repetition penalty, watermark.
 
-The order is that of the field (and of `transformers`): penalty, temperature, top-k, top-p. Random numbers are a pure
-function of (seed, prompt number, token number), so an answer depends neither on the batch it was made in nor on the
-number of ranks, and a run can be repeated on another machine.
+The order is that of the field (and of `transformers`): penalty, temperature, top-k, top-p, watermark (which brings back
+nothing that was cut, and whose bias no temperature divides). Random numbers are a pure function of (seed, prompt
+number, token number), so an answer depends neither on the batch it was made in nor on the number of ranks, and a run
+can be repeated on another machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli.errors import UsageError
+from mlm_cli.generation.watermark import Watermark
 
 # Nucleus sampling rarely needs more candidates than this; sorting a whole vocabulary of 50,304 costs some 3 ms.
 _NUCLEUS_GUESS = 512
@@ -33,9 +35,10 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens already in the prompt or the
             answer (CTRL, Keskar et al. 2019, section 4.1); 1 is none.
         seed: of the random numbers.
+        watermark: marks the text; None: does not.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: a value out of range, or a watermark where there is nothing to choose.
     """
 
     temperature: float = 1.0
@@ -43,6 +46,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 1234
+    watermark: Watermark | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and (self.temperature >= 1e-6 or self.temperature == 0)):
@@ -54,6 +58,10 @@ class Sampling:
         if not 1e-3 <= self.repetition_penalty <= 1e3:
             raise UsageError(
                 f"repetition penalty {self.repetition_penalty} is not between 0.001 and 1000", hint="1 is no penalty"
+            )
+        if self.watermark is not None and self.top_k == 1:
+            raise UsageError(
+                "top-k 1 leaves a watermark nothing to choose from", hint="leave it out: `--temperature 0` is greedy"
             )
 
     @property
@@ -134,6 +142,7 @@ def choose(
     sampling: Sampling,
     seen: Sequence[Tensor] | None = None,
     numbers: Sequence[float] | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """The next token of each row, -1 where its logits are not numbers; the one place a step waits for the device.
 
@@ -142,6 +151,7 @@ def choose(
         sampling: how to choose.
         seen: per row the ids of prompt and answer so far; needed with a repetition penalty.
         numbers: per row a number in [0, 1); needed unless greedy.
+        contexts: per row the last ids of prompt and answer so far; needed with a watermark.
     """
     logits = logits.float()
     largest = logits.amax(dim=-1, keepdim=True)  # NaN where any of the row is
@@ -150,10 +160,15 @@ def choose(
         logits = logits.clone()
         for row, ids in zip(logits, seen, strict=True):
             penalise_repetition(row, ids, sampling.repetition_penalty)
+    if not sampling.greedy:
+        below = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # however small that is
+        logits = cut_top_p(cut_top_k(below, sampling.top_k), sampling.top_p)
+    if sampling.watermark is not None:
+        assert contexts is not None
+        logits = sampling.watermark.mark(logits.clone(), contexts)
     if sampling.greedy:
         picked = logits.argmax(dim=-1)
     else:
         assert numbers is not None
-        below = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # however small that is
-        picked = draw(cut_top_p(cut_top_k(below, sampling.top_k), sampling.top_p), numbers)
+        picked = draw(logits, numbers)
     return torch.where(torch.isfinite(largest[:, 0]), picked, -1).tolist()

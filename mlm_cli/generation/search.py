@@ -44,7 +44,7 @@ class Search(ABC, Generic[T]):
 
     Args:
         decoder: the model, with at least ``settings.width`` rows; see ``answerer.decoder_of``.
-        settings: for all prompts; of the sampling the penalty and the number of candidates alone are read.
+        settings: for all prompts; of the sampling penalty, watermark and number of candidates alone are read.
         new_stream: makes a ``TextStream`` of the model's tokenizer.
         show: called with each piece of text as soon as it is certain.
 
@@ -125,11 +125,16 @@ class Search(ABC, Generic[T]):
             text.let_out()
             yield text.position, text.answer()
 
-    def _penalise(self, scores: Tensor, text: T, answer: Sequence[int]) -> None:
-        """Make less likely, in ``scores [v]``, what has been said by a text that goes on with ``answer``."""
-        penalty = self._settings.sampling.repetition_penalty
-        if penalty != 1:
-            penalise_repetition(scores, torch.tensor([*text.prefix, *answer], device=scores.device), penalty)
+    def _adjust(self, scores: Tensor, text: T, answer: Sequence[int]) -> None:
+        """Penalty and watermark, in ``scores [v]``, of what comes next in a text that goes on with ``answer``."""
+        rule = self._settings.sampling
+        if rule.repetition_penalty == 1 and rule.watermark is None:
+            return
+        ids = [*text.prefix, *answer]
+        if rule.repetition_penalty != 1:
+            penalise_repetition(scores, torch.tensor(ids, device=scores.device), rule.repetition_penalty)
+        if rule.watermark is not None:
+            rule.watermark.mark(scores[None], [ids])
 
     @abstractmethod
     def _check_vocabulary(self, size: int) -> None:

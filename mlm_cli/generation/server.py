@@ -25,6 +25,7 @@ from mlm_cli.errors import MlmError, ResourceError, UsageError
 from mlm_cli.generation import completions
 from mlm_cli.generation.answer import NOT_NUMBERS, Answer, EncodedPrompt, Settings
 from mlm_cli.generation.completions import Asked, CompletionRequest, Refusal
+from mlm_cli.generation.provenance import Provenance
 from mlm_cli.generation.service import Job, Service
 
 _FINISH = {"eod": "stop", "stop": "stop", "length": "length", "context": "length"}
@@ -33,11 +34,12 @@ _ENDING = "the server is ending"
 
 @dataclass(frozen=True)
 class Served:
-    """A model under its name: who answers, and how it is asked."""
+    """A model under its name: who answers, how it is asked, and what replies say of it (None: the name alone)."""
 
     name: str
     service: Service
     asked: Asked
+    provenance: Provenance | None = None
 
 
 def build_app(served: Served) -> FastAPI:
@@ -146,7 +148,7 @@ class _Run:
             self.served.service.cancel(self.jobs)
         ordered = [answers[index] for index in range(len(self.jobs))]
         choices = [self._choice(i, self._text(i, answer.text), answer) for i, answer in enumerate(ordered)]
-        return JSONResponse(self._head() | {"choices": choices, "usage": self._usage(ordered)})
+        return JSONResponse(self._head() | {"choices": choices, "usage": self._usage(ordered)} | self._origin())
 
     async def events(self) -> AsyncIterator[str]:
         """Pieces as server-sent events, as they come."""
@@ -163,7 +165,7 @@ class _Run:
                     return
                 if isinstance(news, Answer):
                     answers.append(news)
-                    yield self._event([self._choice(index, "", news)])
+                    yield self._event([self._choice(index, "", news)], **self._origin())
                 else:
                     yield self._event([self._choice(index, news)])
             options = self.body.stream_options
@@ -178,6 +180,10 @@ class _Run:
             "id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name,
             "seed": self.settings.sampling.seed,
         }  # fmt: skip
+
+    def _origin(self) -> dict[str, Any]:
+        origin = self.served.provenance
+        return {} if origin is None else {"provenance": origin.record(self.settings)}
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return _event(self._head() | {"choices": choices} | more)

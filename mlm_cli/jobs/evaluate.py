@@ -13,13 +13,14 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import HARNESS, EvaluateRequest, check_tasks
+from mlm_cli.config.requests import HARNESS, WEIGHTLESS_TASKS, EvaluateRequest, check_tasks
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
 from mlm_cli.jobs.evaluate_task import evaluate_task
+from mlm_cli.jobs.evaluate_watermark import evaluate_watermark
 from mlm_cli.jobs.evaluate_zero_shot import evaluate_zero_shot
 from mlm_cli.jobs.scoring_parts import (
     Progress,
@@ -51,7 +52,8 @@ def run(request: EvaluateRequest) -> int:
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
         members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
-        agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
+        if not set(names).issubset(WEIGHTLESS_TASKS):
+            agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
         started, clock = time.time(), time.perf_counter()
         results = [result for name in names for result in _score(name, request, members, parallel)]
         document = results_document(
@@ -73,6 +75,8 @@ def _score(
     folder, output = members[request.model], _output_folder(request)
     if task in ("crows_pairs", "stereoset"):
         return [evaluate_bias(task, request, folder, parallel, output=output)]
+    if task == "watermark":
+        return [evaluate_watermark(request, folder, output=output)]
     if task in ("lambada", "ranked_choice") or task.startswith(HARNESS):
         return evaluate_zero_shot(task, request, folder, parallel, output=output)
     if task != "perplexity":

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlm_cli import distributed, log
+from mlm_cli import __version__, distributed, log
+from mlm_cli.checkpoint.fingerprint import weights_fingerprint
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.text_ends import end_ids, start_id
@@ -27,10 +28,12 @@ from mlm_cli.generation.dialogue import Dialogue
 from mlm_cli.generation.encoding import PromptEncoder
 from mlm_cli.generation.output import AnswerWriter
 from mlm_cli.generation.prompts import Prompt
+from mlm_cli.generation.provenance import Provenance
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
 from mlm_cli.jobs.serve import Web
+from mlm_cli.jobs.watermark import watermark_of
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.tasks.task_folder import prompt_affixes
@@ -87,6 +90,11 @@ def _settings(request: GenerateRequest) -> Settings:
             f"`{'--serve' if request.serve else '--interactive'}` samples its answers; it cannot search for them",
             hint="leave generate.beams and generate.contrastive_alpha out",
         )
+    if request.provenance and request.format != "json" and not request.serve:
+        raise UsageError(
+            "generate.provenance stands in JSON answers, and these are text",
+            hint="add `--format json`, or set generate.provenance=false",
+        )
     return settings
 
 
@@ -108,6 +116,7 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
     with _meeting(parallel) as told:
         section, config = read_model_config(folder)
         _check_family(section, request)
+        settings = _marked(request, settings)
         tokenizer = load_tokenizer(request.tokenizer or str(folder))
         check_vocabulary(section, tokenizer, str(folder))
         settings = replace(settings, end_ids=end_ids(folder, tokenizer))
@@ -117,18 +126,27 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
         decoder = _decoder(request, settings, folder, _load(request, folder, parallel))
+        origin = _provenance(request, folder, decoder.model.dtype) if request.provenance else None
         told.ready = True
     try:
         if web is not None:
-            web.serve(Service(decoder, settings, lambda: text_stream(tokenizer)), encoder, settings, section)
+            service = Service(decoder, settings, lambda: text_stream(tokenizer))
+            web.serve(service, encoder, settings, section, origin)
         elif prompts is None:
-            _talk(request, settings, decoder, tokenizer)
+            _talk(request, settings, decoder, tokenizer, origin)
         else:
-            _answer_all(request, settings, decoder, tokenizer, prompts)
+            _answer_all(request, settings, decoder, tokenizer, prompts, origin)
     finally:
         with suppress(RuntimeError):  # a rank that is gone cannot be told; the first error counts
             decoder.close()
     return 0
+
+
+def _marked(request: GenerateRequest, settings: Settings) -> Settings:
+    """With the watermark that is asked for."""
+    if request.watermark_bias == 0:
+        return settings
+    return replace(settings, sampling=replace(settings.sampling, watermark=watermark_of(request)))
 
 
 @dataclass
@@ -201,9 +219,10 @@ def _answer_all(
     decoder: Decoder,
     tokenizer: Tokenizer,
     prompts: Iterable[EncodedPrompt],
+    origin: Provenance | None,
 ) -> None:
     many = request.prompts_file is not None or len(request.prompts) > 1
-    with AnswerWriter(request.output, as_json=request.format == "json", many=many) as writer:
+    with _writer(request, settings, origin, many=many) as writer:
         show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
         answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer), show)
         begin = time.perf_counter()
@@ -220,7 +239,22 @@ def _answer_all(
     log.info(f"{answers}, {num_tokens} tokens in {seconds:.1f} s ({num_tokens / max(seconds, 1e-9):.0f} tokens/s)")
 
 
-def _talk(request: GenerateRequest, settings: Settings, decoder: Decoder, tokenizer: Tokenizer) -> None:
+def _talk(
+    request: GenerateRequest, settings: Settings, decoder: Decoder, tokenizer: Tokenizer, origin: Provenance | None
+) -> None:
     log.info("Ctrl-C stops a reply, Ctrl-D leaves")
-    with AnswerWriter(request.output, as_json=request.format == "json", many=False) as writer:
+    with _writer(request, settings, origin, many=False) as writer:
         Dialogue(decoder, tokenizer, settings, writer).run()
+
+
+def _writer(request: GenerateRequest, settings: Settings, origin: Provenance | None, *, many: bool) -> AnswerWriter:
+    told = None if origin is None else origin.record(settings)
+    return AnswerWriter(request.output, as_json=request.format == "json", many=many, provenance=told)
+
+
+def _provenance(request: GenerateRequest, folder: Path, dtype: torch.dtype) -> Provenance:
+    """What the model is, after ``check_weights``. Who asks a server is not told its paths."""
+    weights, step = weights_fingerprint(folder)
+    name = Path(request.model).name if request.serve else request.model
+    facts = {"mlm_version": __version__, "model": name, "step": step, "weights_sha256": weights}
+    return Provenance(facts | {"dtype": str(dtype).removeprefix("torch."), "as_trained": request.as_trained})

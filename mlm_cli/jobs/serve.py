@@ -10,6 +10,7 @@ from mlm_cli import log
 from mlm_cli.errors import UsageError
 from mlm_cli.generation.answer import Settings
 from mlm_cli.generation.encoding import PromptEncoder
+from mlm_cli.generation.provenance import Provenance
 from mlm_cli.generation.service import Service
 
 if TYPE_CHECKING:
@@ -34,13 +35,20 @@ class Web:
         self._server, self._request = server, request
         self._door = server.open_port(request.host, request.port)
 
-    def serve(self, service: Service, encoder: PromptEncoder, settings: Settings, section: ModelSection) -> None:
+    def serve(
+        self,
+        service: Service,
+        encoder: PromptEncoder,
+        settings: Settings,
+        section: ModelSection,
+        provenance: Provenance | None = None,
+    ) -> None:
         """Answer until SIGINT or SIGTERM; a second one does not wait for what is under way."""
         request = self._request
         name = Path(request.model).name or request.model
         longest = request.max_new_tokens if section.family == "t5" else None
         asked = self._server.Asked(encoder, settings, section.vocab_size or 0, longest)
-        served = self._server.Served(name, service, asked)
+        served = self._server.Served(name, service, asked, provenance)
         signals: list[int] = []
 
         def end(number: int, _frame: Any) -> None:

@@ -279,3 +279,23 @@ def test_a_port_in_use_is_told_before_the_weights_are_read(folder: Path, capsys:
     assert "`--prompt` and `--serve` exclude each other" in capsys.readouterr().err
     assert run(["generate", str(folder), "--serve", "--output", "x.txt"]) == 2
     assert "`--serve` and `--output` exclude each other" in capsys.readouterr().err
+
+
+def test_a_server_marks_its_answers_and_says_what_wrote_them(
+    folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARK", "1234577291")
+    keys = ["generate.watermark_bias=5", "generate.watermark_key=env:MARK", "generate.provenance=true"]
+    made = Server(folder, *keys)
+    marked, mark = made.ask(prompt="The quick"), {"scheme": "lefthash", "context": 1, "ratio": 0.25, "bias": 5.0}
+    assert marked["provenance"]["watermark"] == mark and marked["provenance"]["model"] == "gpt2"
+    assert marked["provenance"]["temperature"] == 0.0
+    events = made.events(prompt="The quick", temperature=0.5, seed=3)
+    assert [event.get("provenance", {}).get("seed") for event in events] == [None] * (len(events) - 1) + [3]
+    assert made.refusal(prompt="x", top_k=1)[:2] == (400, "top-k 1 leaves a watermark nothing to choose from")
+    assert made.end(signal.SIGINT) == 0 and "1234577291" not in made.last_words
+    words = ["generate", str(folder), "--prompt", "The quick", "--temperature", "0", "--max-new-tokens", "20"]
+    for given in (keys, []):
+        assert run([*words, "--format", "json", *given]) == 0
+        same = json.loads(capsys.readouterr().out)["text"] == marked["choices"][0]["text"]
+        assert same == bool(given)
