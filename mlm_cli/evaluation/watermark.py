@@ -18,7 +18,7 @@ import numpy as np
 
 from mlm_cli.errors import DataError
 from mlm_cli.evaluation.documents import files_of, located_texts
-from mlm_cli.evaluation.results import TaskResult
+from mlm_cli.evaluation.results import TaskResult, standard_error
 from mlm_cli.generation.watermark import Watermark, green_lists
 
 VERSION = 1
@@ -117,17 +117,13 @@ def watermark_result(
     return TaskResult(
         name="watermark",
         metrics={name: float(value.mean()) for name, value in values.items()},
-        stderr={name: _standard_error(value) for name, value in values.items()},
+        stderr={name: standard_error(value) for name, value in values.items()},
         higher_is_better=dict.fromkeys(values, True),
         config={**config, "num_detected": int(values["detected"].sum()), "num_too_short": len(counts) - len(long)},
         version=VERSION,
         num_samples=len(long),
         num_original=num_original,
     )
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def text_records(texts: Sequence[tuple[str, str]], counts: Sequence[Count], detector: Detector) -> str:
