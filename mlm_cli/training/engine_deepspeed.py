@@ -32,7 +32,7 @@ from mlm_cli.models.extra_loss import scale_losses
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.mpu import Mpu
 from mlm_cli.parallel.shard import shard_of
-from mlm_cli.training import shared_collectives, zero3
+from mlm_cli.training import bf16_passes, shared_collectives, zero3
 from mlm_cli.training.adamw import AdamW, parameter_groups
 from mlm_cli.training.disk_state import DiskState
 from mlm_cli.training.ds_config import make_ds_config
@@ -122,6 +122,7 @@ class DeepSpeedEngine:
             parallel = ParallelContext.create(device=parallel.device)
         engine = initialize_deepspeed(lambda: runner, self._optimizer, config, parallel, mpu=Mpu(parallel))
         shared_collectives.install(parallel.replicas, engine)
+        bf16_passes.install(engine.optimizer)
         return engine
 
     @property
