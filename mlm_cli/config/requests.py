@@ -33,7 +33,15 @@ WatermarkScheme = Literal["lefthash", "selfhash"]
 
 
 def check_tasks(tasks: Sequence[str], data: Sequence[str]) -> None:
-    """Raises UsageError: a task of ``mlm evaluate`` that is not known, or that needs ``data`` and has none."""
+    """Raises UsageError: a task of ``mlm evaluate`` that is not known, or that needs ``data`` of its own."""
+    harness, files = (
+        [task for task in tasks if task.startswith(HARNESS) == is_harness] for is_harness in (True, False)
+    )
+    if harness and files and data:
+        raise UsageError(
+            f"--data cannot be for both {harness[0]} (folders of tasks) and {files[0]} (its files)",
+            hint="evaluate them in two commands",
+        )
     for task in tasks:
         if task.startswith(HARNESS) and task != HARNESS:
             continue

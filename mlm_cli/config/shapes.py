@@ -213,3 +213,8 @@ def check_slices(model: ModelSection, tensor: int) -> None:
                 f"this model's {what} ({size}) cannot be sliced over parallel.tensor={tensor} ranks",
                 hint=f"use parallel.tensor={fits}",
             )
+
+
+def turns_by_length(model: ModelSection) -> bool:
+    """Do positions of a text turn by its whole length (dynamic rotary scaling), so that a longer row is another text?"""
+    return model.rotary_scaling is not None and model.rotary_scaling.type == "dynamic"

@@ -8,20 +8,24 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from mlm_cli import log
 from mlm_cli.checkpoint import agree
 from mlm_cli.data.special_tokens import Frame
 from mlm_cli.data.tokenizer import Tokenizer
@@ -35,6 +39,7 @@ from mlm_cli.generation.sampling import Sampling
 from mlm_cli.models.gpt import GPT
 
 _SAMPLING = {"temperature", "top_k", "top_p", "do_sample"}
+_PATIENCE = timedelta(days=7)
 _END = None  # what the other ranks are told when nothing more will be asked
 
 
@@ -61,6 +66,9 @@ class Served:
     ) -> None:
         self.tokenizer, self.length, self.failed = tokenizer, length, False
         self._model, self._batch_size, self._end_ids, self._on_done = model, batch_size, end_ids, on_done
+        # Rank 0 may download and prepare for hours before it asks for anything.
+        many = agree.world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if many else None
 
     def score(self, rows: list[Row]) -> list[tuple[float, bool]]:
         """Called by rank 0: log-likelihood of each row, and whether it is what greedy decoding writes."""
@@ -84,10 +92,10 @@ class Served:
         return self._do(self._announce(asked)) if asked[1] else []
 
     def _announce(self, asked: Any) -> Any:
-        if agree.world_size() == 1:
+        if self._group is None:
             return asked
         message = [asked]
-        dist.broadcast_object_list(message, src=0)
+        dist.broadcast_object_list(message, src=0, group=self._group)
         return message[0]
 
     def _do(self, asked: tuple[str, Any]) -> Any:
@@ -145,7 +153,8 @@ class HarnessModel(TemplateLM):
         return ids if add_special_tokens is False else [*self._frame.begin, *ids]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        rows = encode_rows(self._served.tokenizer, [tuple(request.args) for request in requests])
+        pairs = [tuple(request.args) for request in requests]
+        rows = encode_rows(self._served.tokenizer, pairs, [f"continuation {pair[1][:40]!r}" for pair in pairs])
         return self._kept("loglikelihood", requests, self._served.score(rows))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -223,8 +232,8 @@ def run_harness(
     def lead() -> tuple[list[TaskResult], dict[str, str]]:
         try:
             # What the harness prints is talk.
-            with _harness_errors(served, names), redirect_stdout(sys.stderr):
-                manager = _manager(names, folders)
+            with _harness_errors(served, names), _talk():
+                manager = find_tasks(tuple(names), tuple(folders))
                 found = simple_evaluate(
                     model=HarnessModel(served, seed),
                     tasks=list(names),
@@ -248,8 +257,24 @@ def run_harness(
     return agree.on_rank_zero(lead)
 
 
-def _manager(names: Sequence[str], folders: Sequence[str]) -> TaskManager:
-    """What knows the tasks; the harness's own, thousands of files, are looked at only where they are asked for."""
+@contextmanager
+def _talk() -> Iterator[None]:
+    """What the harness prints is talk: on stderr, or nowhere with ``--quiet``."""
+    evaluator.get_git_commit_hash = lambda: None  # it asks git in whatever folder this is, and git complains
+    with ExitStack() as stack:
+        if log.is_quiet():
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+@lru_cache(1)
+def find_tasks(names: tuple[str, ...], folders: tuple[str, ...]) -> TaskManager:
+    """What knows the tasks; the harness's own, thousands of files, are looked at only where they are asked for.
+
+    Raises:
+        UsageError: no such task, no such folder.
+    """
     missing = [folder for folder in folders if not Path(folder).is_dir()]
     if missing:
         raise UsageError(f"{missing[0]} is no folder", hint="--data is for folders of further tasks (YAML)")
@@ -278,15 +303,19 @@ def _harness_errors(served: Served, names: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         if served.failed:
             raise
-        asked = ", ".join(names)
-        raise DataError(f"lm-evaluation-harness cannot run {asked}: {type(error).__name__}: {error}") from error
+        asked, few = ", ".join(names), "Sample larger than population" in str(error)
+        raise DataError(
+            f"lm-evaluation-harness cannot run {asked}: {type(error).__name__}: {error}",
+            hint="evaluate.num_fewshot asks for more examples than there are" if few else None,
+        ) from error
 
 
 def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
     for name, entry in found["results"].items():
         values = {key: value for key, value in entry.items() if "," in key and isinstance(value, float | int)}
         metrics = {key: float(value) for key, value in values.items() if "_stderr," not in key}
-        counts = found.get("n-samples", {}).get(name, {})
+        counts, members = found.get("n-samples", {}), found.get("group_subtasks", {}).get(name, [])
+        counted = [counts[one] for one in _leaves(found, name) if one in counts]
         yield TaskResult(
             name=name,
             metrics={key.removesuffix(",none"): value for key, value in metrics.items()},
@@ -297,10 +326,17 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
             higher_is_better=_better(found, name, metrics),
             config={"harness": "lm-eval", **_plain(found.get("configs", {}).get(name, {}))},
             version=found.get("versions", {}).get(name, 0),
-            num_samples=counts.get("effective", 0),
-            num_original=counts.get("original", 0),
+            num_samples=sum(count["effective"] for count in counted),
+            num_original=sum(count["original"] for count in counted),
+            members=tuple(members),
             num_fewshot=found.get("n-shot", {}).get(name, 0),
         )  # fmt: skip
+
+
+def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks of a group, of its groups, and so on; of a task, itself."""
+    members = found.get("group_subtasks", {}).get(name, [])
+    return [leaf for member in members for leaf in _leaves(found, member)] or [name]
 
 
 def _better(found: Mapping[str, Any], name: str, metrics: Mapping[str, float]) -> dict[str, bool]:

@@ -9,6 +9,7 @@ float rounding.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mlm_cli import heartbeat
+from mlm_cli.config.shapes import turns_by_length
 from mlm_cli.data.special_tokens import Frame
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError, NumericsError
@@ -31,10 +33,11 @@ _LOGITS_BYTES = 64 << 20  # float32 logits over the whole vocabulary that exist 
 
 @dataclass(frozen=True)
 class Row:
-    """A context and its continuation as ids. ``begin >= 1`` is where the continuation begins."""
+    """A context and its continuation as ids. ``begin >= 1`` is where the continuation begins; ``where`` it is from."""
 
     ids: tuple[int, ...]
     begin: int
+    where: str = "a row"
 
     @property
     def num_scored(self) -> int:
@@ -43,7 +46,7 @@ class Row:
     def cut(self, length: int) -> Row:
         """The row without what a context of ``length`` tokens does not hold of its beginning."""
         extra = max(len(self.ids) - (length + 1), 0)
-        return Row(self.ids[extra:], self.begin - extra)
+        return Row(self.ids[extra:], self.begin - extra, self.where)
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Likelihood:
     greedy: bool
 
 
-def encode_rows(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+def encode_rows(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], where: Sequence[str]) -> list[Row]:
     """Rows of (context, continuation) texts, tokenised as lm-evaluation-harness does (``TemplateLM._encode_pair``).
 
     Both are encoded together and the context alone; what the whole has more is the continuation. Blanks at the end of a
     context belong to the continuation. A row begins as ``special_tokens.Frame`` has it; nothing before a continuation
     is the beginning of a document.
+
+    Args:
+        where: what errors call each pair.
 
     Raises:
         DataError: a continuation without tokens; no context, and no token that begins a document.
@@ -71,17 +77,16 @@ def encode_rows(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[
         context: frame.around(ids) for context, ids in zip(contexts, tokenizer.encode_batch(contexts), strict=True)
     }
     rows = []
-    for (context, continuation), ids in zip(
-        moved, tokenizer.encode_batch([context + continuation for context, continuation in moved]), strict=True
-    ):
+    encoded = tokenizer.encode_batch([context + continuation for context, continuation in moved])
+    for (context, continuation), ids, source in zip(moved, encoded, where, strict=True):
         begin = begins[context]
         if not begin:
-            raise DataError(f"nothing stands before {continuation!r}, and the tokenizer has no token to begin with")
+            raise DataError(f"{source}: nothing stands before it, and the tokenizer has no token to begin with")
         # With no context the text is behind the token that begins it, unless it begins with that token itself.
         whole = frame.around(ids) if context or ids[:1] == begin else [*begin, *ids]
-        row = Row(tuple(whole), len(begin))
+        row = Row(tuple(whole), len(begin), source)
         if row.num_scored < 1:
-            raise DataError(f"the continuation {continuation!r} has no tokens of its own after its context")
+            raise DataError(f"{source}: the continuation {continuation!r} has no tokens of its own after its context")
         rows.append(row)
     return rows
 
@@ -115,7 +120,10 @@ def score_rows(
     """
     for row in rows:
         if row.num_scored > length:
-            raise DataError(f"a continuation of {row.num_scored} tokens is longer than the context ({length})")
+            raise DataError(
+                f"{row.where}: a continuation of {row.num_scored} tokens is longer than the context ({length})",
+                hint="leave it out, or score a model with a longer context",
+            )
     largest = max((max(row.ids) for row in rows), default=0)
     if largest >= model.vocab_size:
         raise DataError(f"token id {largest} is not in the model's vocabulary of {model.vocab_size:,}")
@@ -146,6 +154,7 @@ class _Scorer:
         self._model, self._length, self._batch_size = model, length, batch_size
         self._device = model.parallel.device
         self._path: KVCache | None = None  # one row: the beginning that the coming rows share
+        self._own_length = turns_by_length(model.config)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor]]:
@@ -154,7 +163,8 @@ class _Scorer:
         ``rows`` are sorted by their ids.
         """
         limits = [row.begin - 1 for row in rows]  # the last token of a context is read with the continuation
-        worth = _WORTH_A_PASS[self._device.type]
+        # Keys of such a model depend on how long the text is: nothing can be shared, and padding must not count.
+        worth = sys.maxsize if self._own_length else _WORTH_A_PASS[self._device.type]
         for step in plan_rows([row.ids for row in rows], limits, batch_size=self._batch_size, worth=worth):
             if isinstance(step, Read):
                 self._read(step)
@@ -178,7 +188,11 @@ class _Scorer:
             assert self._path is not None
             self._path.truncate(depth)
             cache = self._path.spread(len(rows), longest)
-        hidden = self._model.hidden(tokens.to(self._device), cache=cache)
+        positions = None
+        if self._own_length:
+            lengths = torch.tensor([[len(row.ids) - 1] for row in rows])
+            positions = torch.arange(longest).minimum(lengths - 1).to(self._device)
+        hidden = self._model.hidden(tokens.to(self._device), positions=positions, cache=cache)
         owner = torch.cat([torch.full((row.num_scored,), number) for number, row in enumerate(rows)])
         place = torch.cat([torch.arange(row.begin - 1, len(row.ids) - 1) - depth for row in rows])
         labels = torch.tensor([token for row in rows for token in row.ids[row.begin :]], device=self._device)

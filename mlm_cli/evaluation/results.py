@@ -28,7 +28,7 @@ _NUMERIC = (3, 5, 6)  # columns of the table
 class TaskResult:
     """What one task gave. ``stderr`` has an entry for each metric; None: not known.
 
-    A metric that was taken after a filter of the harness is named ``METRIC,FILTER``.
+    A metric that was taken after a filter of the harness is named ``METRIC,FILTER``. ``members``: tasks of a group.
     """
 
     name: str
@@ -40,6 +40,7 @@ class TaskResult:
     num_samples: int = 0
     num_original: int = 0
     num_fewshot: int = 0
+    members: tuple[str, ...] = ()
 
 
 def standard_error(values: np.ndarray) -> float | None:
@@ -59,7 +60,7 @@ def results_document(
     """
     return {
         "results": {task.name: _entry(task) for task in tasks},
-        "group_subtasks": {task.name: [] for task in tasks},
+        "group_subtasks": {task.name: list(task.members) for task in tasks},
         "configs": {task.name: {"task": task.name, **task.config} for task in tasks},
         "versions": {task.name: task.version for task in tasks},
         "n-shot": {task.name: task.num_fewshot for task in tasks},

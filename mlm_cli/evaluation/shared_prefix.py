@@ -36,18 +36,35 @@ def plan_rows(rows: Sequence[Ids], limits: Sequence[int], *, batch_size: int, wo
         batch_size: rows of a batch at most.
         worth: tokens that must be saved for a beginning to be read by itself.
     """
-    yield from _walk(rows, limits, 0, len(rows), 0, batch_size, worth)
+    open_nodes = [_node(rows, limits, 0, len(rows), 0, batch_size, worth)]  # from the root down; a stack of our own
+    while open_nodes:
+        step = next(open_nodes[-1], None)
+        if step is None:
+            open_nodes.pop()
+        elif isinstance(step, _Child):
+            open_nodes.append(_node(rows, limits, step.first, step.last, step.depth, batch_size, worth))
+        else:
+            yield step
 
 
-def _walk(
+@dataclass(frozen=True)
+class _Child:
+    """Rows ``first`` to ``last``, which share ``depth`` tokens that have been read: their steps come next."""
+
+    first: int
+    last: int
+    depth: int
+
+
+def _node(
     rows: Sequence[Ids], limits: Sequence[int], first: int, last: int, depth: int, batch_size: int, worth: int
-) -> Iterator[Read | Batch]:
+) -> Iterator[Read | Batch | _Child]:
     rest: list[int] = []
     for begin, end, shared in _children(rows, limits, first, last, depth):
         saved = shared - depth  # by each row but the first; little of it is not worth a smaller batch
         if saved * (end - begin - 1) > worth and saved > worth // 4:
             yield Read(depth, rows[begin][depth:shared])
-            yield from _walk(rows, limits, begin, end, shared, batch_size, worth)
+            yield _Child(begin, end, shared)
         else:
             rest += range(begin, end)
     rest.sort(key=lambda number: len(rows[number]))  # rows of a batch are padded to the longest

@@ -84,7 +84,10 @@ def _cluster(item: dict[str, Any], where: str) -> Cluster:
         words = tuple(sentence.split(" ")[place].translate(_PUNCTUATION) for sentence in sentences)
     except IndexError:
         raise DataError(f"{where}: a sentence has no word at the place of the blank") from None
-    return Cluster(item["target"], item["bias_type"], item["context"], sentences, words, where)
+    target, kind = item["target"], item["bias_type"]
+    if not all(isinstance(text, str) and text.strip() for text in (target, kind, *words)):
+        raise DataError(f"{where} lacks its target, its bias_type, or the word of a sentence")
+    return Cluster(target, kind, item["context"], sentences, words, where)
 
 
 def causal_scores(

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch.distributed as dist
 
+from mlm_cli.checkpoint import agree
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.generation.answer import EncodedPrompt, Settings
 from mlm_cli.generation.answerer import Answerer, decoder_of, make_answerer
@@ -58,9 +59,8 @@ def write_texts(
         prompts = (
             EncodedPrompt(Prompt(unit, "", unit, f"text {unit}"), features.rows[unit].ids.tolist()) for unit in mine
         )
-        for place, text in _answers(decoder, answerer, prompts, tensor):
-            written[mine[place]] = text
-            on_text()
+        found = _answers(decoder, answerer, prompts, tensor, lambda _done: on_text())
+        written.update((mine[place], text) for place, text in found.items())
     return gather_units(gather_units(written, tensor), data)
 
 
@@ -86,23 +86,35 @@ def answer_prompts(
     decoder = decoder_of(model, batch_size, settings, start_id=None, max_length=max_length)
     answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer))
     mine = range(data.rank, len(prompts), data.size)
-    written: dict[int, str] = {}
-    for place, text in _answers(decoder, answerer, (prompts[number] for number in mine), tensor):
-        written[mine[place]] = text
-        on_text(len(written), len(mine))
-    return gather_units(gather_units(written, tensor), data)
+    todo = (prompts[number] for number in mine)
+    found = _answers(decoder, answerer, todo, tensor, lambda done: on_text(done, len(mine)))
+    return gather_units(gather_units({mine[place]: text for place, text in found.items()}, tensor), data)
 
 
 def _answers(
-    decoder: Decoder, answerer: Answerer, prompts: Iterator[EncodedPrompt], tensor: Group
-) -> Iterator[tuple[int, str]]:
-    """(place, text) on the first rank of the tensor group, as texts are done; nothing on those that follow it."""
-    if tensor.rank != 0:
-        decoder.follow()
-        return
-    with closing(decoder):
-        for place, answer in answerer.as_done(prompts):
-            yield place, answer.text
+    decoder: Decoder,
+    answerer: Answerer,
+    prompts: Iterator[EncodedPrompt],
+    tensor: Group,
+    on_done: Callable[[int], None],
+) -> dict[int, str]:
+    """Texts by their place among ``prompts``, on the first rank of the tensor group; nothing on those that follow it.
+
+    What fails on one rank (numbers that are none, in a text of its own) fails on all: none waits for its texts.
+    """
+
+    def answer() -> dict[int, str]:
+        found: dict[int, str] = {}
+        if tensor.rank != 0:
+            decoder.follow()
+            return found
+        with closing(decoder):
+            for place, done in answerer.as_done(prompts):
+                found[place] = done.text
+                on_done(len(found))
+        return found
+
+    return agree.all_succeed(answer)
 
 
 def gather_units(mine: dict[int, str], group: Group) -> dict[int, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_cli import ops
-from mlm_cli.config.shapes import is_sparse
+from mlm_cli.config.shapes import is_sparse, turns_by_length
 from mlm_cli.generation.slots import Slots
 from mlm_cli.models.attention import SelfAttention
 from mlm_cli.models.block import MLP, Block, Norm
@@ -62,7 +62,7 @@ class StepPlan:
         device, config = model.parallel.device, model.config
         if config.activation not in ("gelu", "gelu_erf", "swiglu") or config.norm_order != "pre":
             return None
-        if is_sparse(config) or (config.rotary_scaling is not None and config.rotary_scaling.type == "dynamic"):
+        if is_sparse(config) or turns_by_length(config):
             return None  # it attends to every key, by rotations that are the same whatever the length
         if model.parallel.tensor.size > 1 or not ops.serves_decode_step(model.dtype, device):
             return None

@@ -21,7 +21,7 @@ from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
 from mlm_cli.jobs.evaluate_task import evaluate_task
 from mlm_cli.jobs.evaluate_watermark import evaluate_watermark
-from mlm_cli.jobs.evaluate_zero_shot import evaluate_zero_shot
+from mlm_cli.jobs.evaluate_zero_shot import check_harness, evaluate_zero_shot
 from mlm_cli.jobs.scoring_parts import (
     Progress,
     context_length,
@@ -54,8 +54,10 @@ def run(request: EvaluateRequest) -> int:
         members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
         if not set(names).issubset(WEIGHTLESS_TASKS):
             agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
+        if harness := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
+            agree.on_rank_zero(lambda: check_harness(harness, request.data))
         started, clock = time.time(), time.perf_counter()
-        results = [result for name in names for result in _score(name, request, members, parallel)]
+        results = [result for together in _together(names) for result in _score(together, request, members, parallel)]
         document = results_document(
             results,
             config=_config(request, members, parallel),
@@ -69,16 +71,22 @@ def run(request: EvaluateRequest) -> int:
         distributed.shutdown()
 
 
+def _together(names: Sequence[str]) -> list[list[str]]:
+    """Each task by itself, but those of lm-evaluation-harness at once, where the first of them stands."""
+    harness = [name for name in names if name.startswith(HARNESS)]
+    return [harness if name in harness else [name] for name in names if name not in harness[1:]]
+
+
 def _score(
-    task: str, request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext
+    tasks: Sequence[str], request: EvaluateRequest, members: dict[str, Path], parallel: ParallelContext
 ) -> list[TaskResult]:
-    folder, output = members[request.model], _output_folder(request)
+    task, folder, output = tasks[0], members[request.model], _output_folder(request)
     if task in ("crows_pairs", "stereoset"):
         return [evaluate_bias(task, request, folder, parallel, output=output)]
     if task == "watermark":
         return [evaluate_watermark(request, folder, output=output)]
     if task in ("lambada", "ranked_choice") or task.startswith(HARNESS):
-        return evaluate_zero_shot(task, request, folder, parallel, output=output)
+        return evaluate_zero_shot(tasks, request, folder, parallel, output=output)
     if task != "perplexity":
         return evaluate_task(task, request, members, parallel, output=output)
     if request.ensemble:

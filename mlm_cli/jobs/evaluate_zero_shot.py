@@ -56,11 +56,12 @@ class _Asked:
 
 
 def evaluate_zero_shot(
-    task: str, request: EvaluateRequest, folder: Path, parallel: ParallelContext, *, output: Path | None
+    tasks: Sequence[str], request: EvaluateRequest, folder: Path, parallel: ParallelContext, *, output: Path | None
 ) -> list[TaskResult]:
-    """Score the model in ``folder`` on ``task``. All ranks call.
+    """Score the model in ``folder``. All ranks call.
 
     Args:
+        tasks: ``lambada`` or ``ranked_choice`` alone, or tasks of lm-evaluation-harness, after ``check_harness``.
         output: where the scores of every question go; None: nowhere.
 
     Raises:
@@ -68,14 +69,14 @@ def evaluate_zero_shot(
         DataError, CheckpointError: data or a model that cannot be used.
     """
     if request.ensemble:
-        raise UsageError(f"{task} asks one model at a time", hint="evaluate the models one by one")
+        raise UsageError(f"{tasks[0]} asks one model at a time", hint="evaluate the models one by one")
     section = language_model_section(folder, request.model)
     tokenizer = agree.all_succeed(lambda: tokenizer_of(request, folder, section))
     asked = _Asked(request, folder, parallel, tokenizer, context_length(request, section))
-    if task.startswith(HARNESS):
-        results, records = _harness(task.removeprefix(HARNESS), asked)
+    if tasks[0].startswith(HARNESS):
+        results, records = _harness([task.removeprefix(HARNESS) for task in tasks], asked)
     else:
-        results, records = (_lambada if task == "lambada" else _ranked_choice)(asked)
+        results, records = (_lambada if tasks[0] == "lambada" else _ranked_choice)(asked)
     if output is not None:
         agree.on_rank_zero(lambda: write_texts(records, output))
     return results
@@ -86,7 +87,11 @@ def _lambada(asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
     found = agree.all_succeed(lambda: [passage for path in request.data for passage in read_passages(path)])
     passages = found[: request.limit]
     rows = agree.all_succeed(
-        lambda: encode_rows(asked.tokenizer, [(passage.context, passage.target) for passage in passages])
+        lambda: encode_rows(
+            asked.tokenizer,
+            [(passage.context, passage.target) for passage in passages],
+            [passage.where for passage in passages],
+        )
     )
     scores = asked.scores("lambada", rows)
     result = cloze_result(passages, scores, config=asked.facts(), num_original=len(found))
@@ -95,13 +100,11 @@ def _lambada(asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
 
 def _ranked_choice(asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
     request = asked.request
-    found = agree.all_succeed(lambda: [question for path in request.data for question in read_questions(path)])
-    tasks: dict[str, list[Question]] = {}
-    for question in found:
-        tasks.setdefault(question.task, []).append(question)
+    tasks = agree.all_succeed(lambda: _questions_by_task(request.data))
     chosen = [question for group in tasks.values() for question in group[: request.limit]]
+    pairs = [(pair, question.where) for question in chosen for pair in question.pairs()]
     rows = agree.all_succeed(
-        lambda: encode_rows(asked.tokenizer, [pair for question in chosen for pair in question.pairs()])
+        lambda: encode_rows(asked.tokenizer, [pair for pair, _ in pairs], [where for _, where in pairs])
     )
     scores = asked.scores("ranked choice", rows)
     ends = np.cumsum([len(question.pairs()) for question in chosen])
@@ -119,15 +122,39 @@ def _ranked_choice(asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
     return results, {"ranked_choice.jsonl": ranked_records(chosen, [scores[part] for part in parts])}
 
 
-def _harness(name: str, asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
-    request = asked.request
+def _questions_by_task(paths: Sequence[str]) -> dict[str, list[Question]]:
+    """Raises UsageError: two files with one name of a task, whose scores would be one."""
+    tasks: dict[str, list[Question]] = {}
+    for path in paths:
+        own: dict[str, list[Question]] = {}
+        for question in read_questions(path):
+            own.setdefault(question.task, []).append(question)
+        again = next((name for name in own if name in tasks), None)
+        if again is not None:
+            raise UsageError(
+                f"{path} and {tasks[again][0].where.rpartition(':')[0]} both hold a task `{again}`",
+                hint="evaluate them one by one: their scores are not to be mixed",
+            )
+        tasks |= own
+    return tasks
+
+
+def check_harness(names: Sequence[str], folders: Sequence[str]) -> None:
+    """Before any model is read. Raises UsageError: no lm-evaluation-harness, no such task, no such folder."""
     try:
-        from mlm_cli.evaluation.harness import Served, run_harness
+        from mlm_cli.evaluation.harness import find_tasks
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{HARNESS}{name} needs the package `{error.name}`", hint="pip install 'mlm-cli[harness]'"
+            f"{HARNESS}{names[0]} needs the package `{error.name}`", hint="pip install 'mlm-cli[harness]'"
         ) from None
-    with Progress(f"{HARNESS}{name}") as progress:
+    find_tasks(tuple(names), tuple(folders))
+
+
+def _harness(names: Sequence[str], asked: _Asked) -> tuple[list[TaskResult], dict[str, str]]:
+    from mlm_cli.evaluation.harness import Served, run_harness
+
+    request = asked.request
+    with Progress(HARNESS + ", ".join(names)) as progress:
         served = Served(
             asked.model(),
             asked.tokenizer,
@@ -138,7 +165,7 @@ def _harness(name: str, asked: _Asked) -> tuple[list[TaskResult], dict[str, str]
         )
         return run_harness(
             served,
-            [name],
+            names,
             folders=request.data,
             num_fewshot=request.num_fewshot,
             limit=request.limit,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,8 +43,8 @@ def requests() -> list[tuple[str, str]]:
     return [*rows, ("why? " * 90, " so.")]
 
 
-def by_transformers(theirs: Any, row: Row) -> tuple[float, bool]:
-    ids = list(row.ids)[-(LENGTH + 1) :]
+def by_transformers(theirs: Any, row: Row, length: int = LENGTH) -> tuple[float, bool]:
+    ids = list(row.ids)[-(length + 1) :]
     begin = row.begin - (len(row.ids) - len(ids))
     with torch.no_grad():
         logits = theirs(torch.tensor([ids[:-1]])).logits[0].double()
@@ -53,14 +54,16 @@ def by_transformers(theirs: Any, row: Row) -> tuple[float, bool]:
 
 def scored(folder: Path, parallel: ParallelContext, batch_size: int) -> list[tuple[float, bool]]:
     model, tokenizer = load_model_folder(folder, parallel)[0].eval(), load_tokenizer(str(folder))
-    found = score_rows(model, encode_rows(tokenizer, requests()), length=LENGTH, batch_size=batch_size)
+    found = score_rows(
+        model, encode_rows(tokenizer, requests(), ["row"] * len(requests())), length=LENGTH, batch_size=batch_size
+    )
     return [(one.total, one.greedy) for one in found]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_scores_are_those_of_transformers(folder: tuple[Path, Any], batch_size: int) -> None:
     found = scored(folder[0], ParallelContext.single(), batch_size)
-    rows = encode_rows(load_tokenizer(str(folder[0])), requests())
+    rows = encode_rows(load_tokenizer(str(folder[0])), requests(), ["row"] * len(requests()))
     assert len(rows[-1].ids) > LENGTH + 1  # its beginning is lost
     for row, (total, greedy) in zip(rows, found, strict=True):
         expected, expected_greedy = by_transformers(folder[1], row)
@@ -84,7 +87,7 @@ def test_rows_are_those_of_the_harness(folder: tuple[Path, Any]) -> None:
     lm._loglikelihood_tokens = lambda rows, **_: seen.extend(rows)
     instance = pytest.importorskip("lm_eval.api.instance").Instance
     lm.loglikelihood([instance("loglikelihood", {}, pair, 0) for pair in requests()], disable_tqdm=True)
-    mine = encode_rows(load_tokenizer(str(folder[0])), requests())
+    mine = encode_rows(load_tokenizer(str(folder[0])), requests(), ["row"] * len(requests()))
     assert [(list(row.ids[: row.begin]), list(row.ids[row.begin :])) for row in mine] == [
         (list(context), list(continuation)) for _, context, continuation in seen
     ]
@@ -102,10 +105,39 @@ def test_on_two_ranks(folder: tuple[Path, Any], tensor: int) -> None:
         assert [one[1] for one in found] == [one[1] for one in expected]
 
 
+def test_positions_that_turn_by_length(tmp_path: Path) -> None:
+    """Dynamic rotary scaling: beyond the trained length a text is turned by its own, whatever it is read with."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, max_position_embeddings=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.4, bos_token_id=None, eos_token_id=0,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model_folder(tmp_path, ParallelContext.single())[0].eval()
+    rng = random.Random(0)
+    common = tuple(rng.randrange(300) for _ in range(60))
+    rows = [Row((*common, *(rng.randrange(300) for _ in range(number))), 60) for number in (3, 9, 9, 20, 33)]
+    found = score_rows(model, rows, length=120, batch_size=8)
+    for row, one in zip(rows, found, strict=True):
+        assert one.total == pytest.approx(by_transformers(theirs, row, 120)[0], rel=1e-4)
+
+
+def test_nested_beginnings_need_no_deep_stack() -> None:
+    rows, text = [], []
+    for number in range(1500):
+        text = [*text, *([number % 7] * 12)]
+        rows += [[*text, 8 + n] for n in range(6)]
+    rows.sort()
+    steps = list(plan_rows(rows, [len(row) - 1 for row in rows], batch_size=64, worth=32))
+    assert sum(len(step.numbers) for step in steps if isinstance(step, Batch)) == len(rows)
+
+
 def test_mistakes(folder: tuple[Path, Any]) -> None:
     tokenizer, model = load_tokenizer(str(folder[0])), load_model_folder(folder[0], ParallelContext.single())[0].eval()
-    with pytest.raises(DataError, match="'' has no tokens of its own"):
-        encode_rows(tokenizer, [("The old", "")])
+    with pytest.raises(DataError, match="quiz:3: the continuation '' has no tokens of its own"):
+        encode_rows(tokenizer, [("The old", "")], ["quiz:3"])
     with pytest.raises(DataError, match=r"97 tokens is longer than the context \(96\)"):
         score_rows(model, [Row((1,) * 98, 1)], length=LENGTH, batch_size=1)
     with pytest.raises(DataError, match="token id 400 is not in the model's vocabulary of 400"):

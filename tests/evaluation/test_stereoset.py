@@ -205,6 +205,8 @@ def test_the_command(
         ('{"data": {}}', "not in the form of StereoSet's dev.json .KeyError..intrasentence"),
         (json.dumps([{**ITEMS[0], "sentences": ITEMS[0]["sentences"][:2]}]), "not in the form .*stereotype"),
         (json.dumps([{**ITEMS[0], "context": "The poet can or can not ever BLANK"}]), "item 0: a sentence has no word"),
+        (json.dumps([{**ITEMS[0], "bias_type": None}]), "item 0 lacks its target, its bias_type"),
+        (json.dumps([item("poet", "work", "The poet can BLANK", ("rhyme", "...", "hip"))]), "item 0 lacks .* the word"),
         (json.dumps([{**ITEMS[0], "context": "no place"}]), "item 0: its context has no BLANK"),
     ],
 )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from mlm_cli.cli.app import run as mlm
 from mlm_cli.config.requests import EvaluateRequest
 from mlm_cli.data.tokenizer import load_tokenizer
-from mlm_cli.errors import DataError, UsageError
+from mlm_cli.errors import DataError, NumericsError, UsageError
 from mlm_cli.evaluation.cloze import read_passages
 from mlm_cli.evaluation.likelihood import Likelihood, encode_rows
 from mlm_cli.evaluation.ranked_choice import ranked_result, read_questions
@@ -173,23 +175,25 @@ def test_published_requests(test_data: Path) -> None:
 
 def test_the_four_rules(tmp_path: Path) -> None:
     """Likeliest, a character, a token, over the choice by itself: each rule picks another choice here."""
-    row = {"context": "C", "choices": ["aaaa bbbb", "cc dd", "ee"], "label": 0}
+    row = {"context": "C", "choices": ["aaaa bbbb", "\u00e4\u00f6\u00fc\u00e4\u00f6", "ee", "ffff"], "label": 0}
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps(row) + "\n")
     (question,) = read_questions(str(path))
-    assert question.choices == [" aaaa bbbb", " cc dd", " ee"]
     question.bare = ""
-    rows = encode_rows(load_tokenizer("bytes"), question.pairs())
-    totals = [-8.0, -7.0, -3.0, -1.0, -6.5, -3.0]
-    found = [Likelihood(total, False) for total in totals]
+    rows = encode_rows(load_tokenizer("bytes"), question.pairs(), ["one"] * 8)
+    lengths, sizes = [9, 5, 2, 4], [10, 11, 3, 5]  # characters; bytes, with the space
+    assert [row.num_scored for row in rows[:4]] == sizes
+    totals = [-6.0, -6.2, -3.0, -5.0]
+    bare = [-6.0, -6.2, -3.0, -9.0]
+    found = [Likelihood(total, False) for total in (*totals, *bare)]
     expected = {
-        "acc": max(range(3), key=lambda n: totals[n]),  # ee
-        "acc_norm": max(range(3), key=lambda n: totals[n] / (9, 5, 2)[n]),  # aaaa bbbb: -0.89 a character
-        "acc_per_token": max(range(3), key=lambda n: totals[n] / (10, 6, 3)[n]),  # with the space, as bytes
-        "acc_uncond": max(range(3), key=lambda n: totals[n] - totals[3 + n]),  # ee: 0
+        "acc": max(range(4), key=lambda n: totals[n]),
+        "acc_norm": max(range(4), key=lambda n: totals[n] / lengths[n]),
+        "acc_per_token": max(range(4), key=lambda n: totals[n] / sizes[n]),
+        "acc_uncond": max(range(4), key=lambda n: totals[n] - bare[n]),
     }
-    assert len(set(expected.values())) == 2
-    for label in range(3):
+    assert sorted(expected.values()) == [0, 1, 2, 3]
+    for label in range(4):
         question.label = label
         result = ranked_result([question], [found], [rows], config={}, num_original=1)
         assert result.metrics == {name: float(best == label) for name, best in expected.items()}
@@ -278,6 +282,57 @@ def test_mistakes_of_the_harness(gpt: tuple[Path, Any], data: Path) -> None:
         evaluate.run(EvaluateRequest(str(gpt[0]), ("lm_eval:my_quiz",), (tasks,)))
 
 
+def test_two_files_of_one_task_are_not_mixed(gpt: tuple[Path, Any], data: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again" / "quiz.jsonl"
+    again.parent.mkdir()
+    again.write_text((data / "quiz.jsonl").read_text())
+    with pytest.raises(UsageError, match=r"again/quiz\.jsonl and .*quiz\.jsonl both hold a task `quiz`"):
+        evaluate.run(EvaluateRequest(str(gpt[0]), ("ranked_choice",), (str(data / "quiz.jsonl"), str(again))))
+
+
+def test_a_long_choice_is_named(gpt: tuple[Path, Any], tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"context": "a", "choices": ["b", choice], "label": 0} for choice in ("c", "why " * 200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"long\.jsonl:2: a continuation of \d+ tokens is longer than the context"):
+        evaluate.run(EvaluateRequest(str(gpt[0]), ("ranked_choice",), (str(path),)))
+
+
+def test_groups_and_several_tasks(gpt: tuple[Path, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    (data / "tasks" / "group.yaml").write_text("group: my_group\ntask: [my_cloze, my_quiz]\n")
+    tasks = ("lm_eval:my_group", "lm_eval:my_text")
+    found = scored(EvaluateRequest(str(gpt[0]), tasks, (str(data / "tasks"),), format="json"), capsys)
+    assert sorted(found["group_subtasks"]["my_group"]) == ["my_cloze", "my_quiz"]
+    assert found["n-samples"]["my_group"]["effective"] == 5 + 7 and found["n-samples"]["my_text"]["effective"] == 5
+    few = EvaluateRequest(str(gpt[0]), ("lm_eval:my_quiz",), (str(data / "tasks"),), num_fewshot=9)
+    with pytest.raises(DataError, match="cannot run my_quiz") as error:
+        evaluate.run(few)
+    assert error.value.hint == "evaluate.num_fewshot asks for more examples than there are"
+
+
+def _fails(_rank: int, _size: int, request: EvaluateRequest) -> str:
+    with pytest.raises(NumericsError) as error:
+        evaluate.run(request)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("tensor", [2, 1])
+def test_a_model_without_numbers_fails_on_all_ranks(
+    gpt: tuple[Path, Any], data: Path, tmp_path: Path, tensor: int
+) -> None:
+    """One text on two data ranks: the other has none, and must not wait for it."""
+    pytest.importorskip("lm_eval")
+    shutil.copytree(gpt[0], tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights["transformer.ln_f.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    request = EvaluateRequest(
+        str(tmp_path / "broken"), ("lm_eval:my_texts",), (str(data / "tasks"),), tensor=tensor, limit=1
+    )
+    assert all("not finite" in said for said in run_ranks(_fails, 2, request, timeout=100.0))
+
+
 def test_a_failing_model_is_no_fault_of_the_task(
     gpt: tuple[Path, Any], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +352,7 @@ def test_a_failing_model_is_no_fault_of_the_task(
         (["--task", "lambada"], "lambada needs its passages"),
         (["--task", "ranked_choices"], "did you mean `ranked_choice`"),
         (["--task", "lm_eval:"], "unknown task `lm_eval:`"),
+        (["--task", "lm_eval:x", "--task", "lambada", "--data", "x"], "--data cannot be for both lm_eval:x"),
         (["--task", "lambada", "--data", "x", "evaluate.num_fewshot=2"], "evaluate.num_fewshot is for lm_eval:NAME"),
         (["--task", "crows_pairs", "--data", "x", "evaluate.max_length=9"], "max_length is not for crows_pairs"),
     ],

@@ -19,12 +19,12 @@ SCRIPT = ROOT / "recipes/slurm/pretrain.sh"
 # Starts the ranks of one node as srun does, hands signals on, and ends with the largest of their exit codes.
 SRUN = """
 import os, signal, subprocess, sys
-assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
+assert sys.argv[1:3] == ["--kill-on-bad-exit=0", "--wait=300"], sys.argv
 ranks = int(os.environ["TASKS"])
 def start(rank):
     step = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": ranks,
             "SLURM_STEP_TASKS_PER_NODE": ranks}
-    return subprocess.Popen(sys.argv[2:], env={**os.environ, **{name: str(value) for name, value in step.items()}})
+    return subprocess.Popen(sys.argv[3:], env={**os.environ, **{name: str(value) for name, value in step.items()}})
 processes = [start(rank) for rank in range(ranks)]
 signal.signal(signal.SIGTERM, lambda number, frame: [process.send_signal(number) for process in processes])
 with open(os.environ["SLURM_JOB_ID"] + ".pid", "w") as pid:
@@ -47,17 +47,23 @@ def commands(folder: Path, mlm_does: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "again", "end"),
+    ("code", "losses", "again", "end"),
     [
         (0, 0, False, 0), (1, 0, False, 1), (2, 0, False, 2), (3, 0, False, 3), (5, 0, False, 5), (7, 0, False, 7),
-        (130, 0, False, 130), (75, 0, True, 0), (75, 99, True, 0), (6, 0, True, 0), (6, 10, False, 6),
+        (130, 0, False, 130), (75, 0, True, 0), (75, 10, True, 0), (6, 0, True, 0), (6, 10, False, 6),
         (137, 9, True, 0), (137, 10, False, 137),
     ],
 )  # fmt: skip
-def test_what_goes_to_the_queue_again(tmp_path: Path, code: int, restarts: int, again: bool, end: int) -> None:
+def test_what_goes_to_the_queue_again(tmp_path: Path, code: int, losses: int, again: bool, end: int) -> None:
     env = commands(tmp_path / "bin", f'echo "$@" > {tmp_path}/words\nexit {code}')
-    env |= {"TASKS": "1", "SLURM_RESTART_COUNT": str(restarts)}
-    done = subprocess.run(["bash", str(SCRIPT), "gpt/355m", "data.path=a b"], env=env, capture_output=True, text=True)
+    env |= {"TASKS": "1", "SLURM_RESTART_COUNT": "99", "SLURM_SUBMIT_DIR": str(tmp_path)}  # most of them after 75
+    file = tmp_path / "mlm-41.losses"
+    if losses:
+        file.write_text("before\n" * losses)
+    words = ["bash", str(SCRIPT), "gpt/355m", "data.path=a b"]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
+    lost = code == 6 or code == 137
+    assert (file.read_text().count("\n") if file.exists() else 0) == losses + lost
     requeued = tmp_path / "bin/requeued"
     assert done.returncode == end and requeued.exists() == again, done.stderr
     assert not again or requeued.read_text() == "requeue 41\n"
