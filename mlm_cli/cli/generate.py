@@ -86,7 +86,8 @@ def generate(
     is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks. --serve answers
     POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C. generate.beams=N looks for the
     likeliest answer by beam search, generate.contrastive_alpha=A for one that does not repeat itself among the --top-k
-    likeliest tokens.
+    likeliest tokens. retrieval.documents=FILES
+    puts the passages of these files that fit a prompt best before it.
 
     \b
     Examples:
@@ -95,6 +96,7 @@ def generate(
       echo "Once upon a time" | mlm generate runs/gpt --top-p 0.9 --seed 7
       mlm generate runs/t5 --prompts texts.jsonl generate.beams=4
       mlm generate runs/gpt --prompt "The " generate.contrastive_alpha=0.6 --top-k 4
+      mlm generate runs/gpt --prompt "Who may sign orders?" retrieval.documents=handbook/
       mlm generate runs/gpt --interactive --nproc 2
       mlm generate runs/gpt --serve --port 8000 --batch-size 16
     """
@@ -169,5 +171,6 @@ def _request(recipe: Recipe, words: list[str], way: dict[str, Any], format: str)
         output=recipe.output,
         format="json" if format == "json" else "text",
         **recipe.generate.model_dump(),
+        retrieval=recipe.retrieval if recipe.retrieval.documents else None,
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )

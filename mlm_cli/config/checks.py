@@ -8,6 +8,7 @@ from mlm_cli.config.derived import model_parallel_size
 from mlm_cli.config.durations import parse_duration
 from mlm_cli.config.mistakes import Mistake
 from mlm_cli.config.model_checks import check_contrast, check_model
+from mlm_cli.config.retrieval_section import check_retrieval
 from mlm_cli.config.schema import DataSection, Recipe
 from mlm_cli.config.shapes import (
     ffn_hidden_size,
@@ -49,6 +50,8 @@ def check(recipe: Recipe, *, verb: str, world_size: int | None = None) -> list[M
         found += _tokenizer(recipe)
     if verb == "finetune":
         found += _task(recipe)
+    if verb in ("evaluate", "generate"):
+        found += check_retrieval(recipe.retrieval, verb)
     if verb in TRAINING_VERBS and recipe.output is None:
         found.append(
             Mistake(("output",), "`output` is not set: there is no folder for the run", "add `--output runs/NAME`")

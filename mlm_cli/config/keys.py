@@ -15,9 +15,9 @@ from mlm_cli.config.schema import Recipe
 # are made absolute only if something by that name is there.
 PATH_KEYS = (
     *("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data"),
-    "parallel.offload_folder",
+    *("parallel.offload_folder", "retrieval.documents", "retrieval.index"),
 )
-PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
+PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs", "retrieval.embedding_model")
 
 # Sections that are not there unless they are set; `null` takes them away. The others go back to their defaults.
 OPTIONAL_SECTIONS = ("task", "rampup", "rotary_scaling", "experts")

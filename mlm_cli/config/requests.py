@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlm_cli.config.retrieval_section import RetrievalSection
 from mlm_cli.config.tasks import TASK_KINDS
 from mlm_cli.errors import UsageError
 
@@ -123,6 +124,7 @@ class GenerateRequest:
         output: file that the answers go to instead of standard output.
         tensor: tensor-parallel size; must be the number of ranks.
         tokenizer: instead of the one beside the model.
+        retrieval: the knowledge base whose passages stand before each prompt; None: there is none.
     """
 
     model: str
@@ -149,7 +151,11 @@ class GenerateRequest:
     tensor: int = 1
     precision: Precision = "auto"
     tokenizer: str | None = None
+    retrieval: RetrievalSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the record of what was asked."""
-        return asdict(self)
+        values = asdict(self)
+        if self.retrieval is not None:
+            values["retrieval"] = self.retrieval.model_dump(mode="json")
+        return values

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from mlm_cli.config.retrieval_section import RetrievalSection
 from mlm_cli.config.section import Beams, LengthPenalty, Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
@@ -370,6 +371,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     generate: GenerateSection = GenerateSection()
+    retrieval: RetrievalSection = RetrievalSection()
     preprocess: PreprocessSection = PreprocessSection()
     log: LogSection = LogSection()
     seed: int = Field(default=1234, ge=0, lt=2**63)

@@ -30,6 +30,7 @@ from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
+from mlm_cli.jobs.knowledge import check_knowledge, grounded_encoder, tell_dropped, tell_sources
 from mlm_cli.jobs.serve import Web
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
@@ -52,6 +53,7 @@ def run(request: GenerateRequest) -> int:
         CheckpointError: a model that cannot be used.
     """
     settings = _settings(request)
+    check_knowledge(request)
     env = distributed.init()
     try:
         if request.tensor != env.world_size:
@@ -112,7 +114,11 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         check_vocabulary(section, tokenizer, str(folder))
         settings = replace(settings, end_ids=end_ids(folder, tokenizer))
         affixes = prompt_affixes(config, section.family) if request.as_trained and not request.interactive else ("", "")
-        encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
+        ends = section.family == "t5"
+        if request.retrieval is not None:
+            encoder = grounded_encoder(request, tokenizer, section.seq_length, parallel, ends=ends, affixes=affixes)
+        else:
+            encoder = PromptEncoder(tokenizer, section.seq_length, ends=ends, affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
@@ -207,15 +213,19 @@ def _answer_all(
         show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
         answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer), show)
         begin = time.perf_counter()
-        num_answers = num_tokens = cut = 0
+        num_answers = num_tokens = cut = dropped = 0
         for answer in answerer.answers(prompts):
             writer.write(answer)
+            tell_sources(answer, request)
             num_answers += 1
+            dropped += bool(answer.prompt.retrieved and answer.prompt.retrieved.num_dropped)
             num_tokens += len(answer.tokens)
             cut += answer.finish_reason == "context"
     seconds = time.perf_counter() - begin
     if cut:
         log.warn(f"{cut} of {num_answers} answers end where the model's context of {decoder.max_length} tokens does")
+    if dropped:
+        tell_dropped(dropped, num_answers)
     answers = "1 answer" if num_answers == 1 else f"{num_answers} answers"
     log.info(f"{answers}, {num_tokens} tokens in {seconds:.1f} s ({num_tokens / max(seconds, 1e-9):.0f} tokens/s)")
 
