@@ -28,6 +28,7 @@ from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.requests import EvaluateRequest
+    from mlm_cli.config.retrieval_section import RetrievalSection
     from mlm_cli.config.schema import Recipe
 
 
@@ -73,7 +74,8 @@ def evaluate(
     parallel.tensor and train.precision. Kinds of task, for models that `mlm finetune` made: classification,
     regression, token_classification, question_answering, multiple_choice, embedding; and, for any model that writes:
     translation, summarization, text_generation. A language model as it is: lambada, ranked_choice, lm_eval:NAME (a task
-    of lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
+    of lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset. What finds passages
+    for `mlm generate` (retrieval.* keys): retrieval, by a MODEL's embeddings, or without MODEL by BM25.
 
     \b
     Examples:
@@ -85,6 +87,7 @@ def evaluate(
       mlm evaluate runs/gpt --task lambada --data lambada_test.jsonl
       mlm evaluate runs/gpt --task lm_eval:arc_easy evaluate.num_fewshot=5
       mlm evaluate runs/bert --task crows_pairs --data crows_pairs_anonymized.csv -o results/bias
+      mlm evaluate --task retrieval --data dev-v1.1.json retrieval.passage_words=50
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """
@@ -120,9 +123,12 @@ def _job(request: EvaluateRequest) -> int | None:
 def _request(
     recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str, ensemble: bool
 ) -> EvaluateRequest:
-    from mlm_cli.config.requests import HARNESS, TAKES_MAX_LENGTH, EvaluateRequest, check_tasks
+    from mlm_cli.config.requests import HARNESS, RETRIEVAL, TAKES_MAX_LENGTH, EvaluateRequest, check_tasks
 
     model = words[0] if words else recipe.init_from
+    retrieval = _retrieval(recipe, model, ensemble) if RETRIEVAL in recipe.evaluate.tasks else None
+    if retrieval is not None:
+        model = retrieval.embedding_model or retrieval.retriever
     if model is None:
         raise UsageError("no model given", hint="mlm evaluate MODEL --task NAME; MODEL is a run folder, for example")
     for word in () if ensemble else words[1:]:
@@ -152,9 +158,32 @@ def _request(
         batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,
         format="json" if format == "json" else "text",
         ensemble=tuple(words[1:]) if ensemble else (),
+        retrieval=retrieval,
         task_keys=tuple({**from_recipe, **task_keys}.items()),
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )
+
+
+def _retrieval(recipe: Recipe, model: str | None, ensemble: bool) -> RetrievalSection:
+    """What the task `retrieval` scores: ``model``'s embeddings, or else what the keys say.
+
+    Raises:
+        UsageError: other tasks or models beside it; keys that it does not read.
+    """
+    section = recipe.retrieval
+    if len(recipe.evaluate.tasks) > 1 or ensemble:
+        raise UsageError("retrieval is scored by itself", hint="evaluate other tasks and models with another command")
+    for key in ("documents", "index"):
+        if getattr(section, key):
+            raise UsageError(
+                f"`retrieval.{key}` is not for --task retrieval, which looks among the texts of its questions",
+                hint="leave it out",
+            )
+    if model is None:
+        return section
+    if section.embedding_model is not None:
+        raise UsageError(f"`{model}` and `retrieval.embedding_model` are two models", hint="name one of them")
+    return section.model_copy(update={"retriever": "dense", "embedding_model": model})
 
 
 def _task_keys(overrides: list[str]) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from mlm_cli.config.tasks import TASK_KINDS
 from mlm_cli.errors import UsageError
 
 OutputFormat = Literal["text", "json"]
+RETRIEVAL = "retrieval"  # the task of `mlm evaluate` that needs no model
 # What these tasks of `mlm evaluate` need, which no fine-tuning run names.
 NEEDED_DATA = {
     "perplexity": ("text", "give files or an indexed prefix with --data"),
     "crows_pairs": ("its pairs of sentences", "give crows_pairs_anonymized.csv with --data"),
     "stereoset": ("its sentences", "give StereoSet's dev.json with --data"),
     "lambada": ("its passages", "give lambada_test.jsonl, or a passage a line, with --data"),
+    RETRIEVAL: ("questions on texts", "give a JSON file in the form of SQuAD with --data"),
     "ranked_choice": ("questions and their choices", "give JSON lines with --data"),
 }
 EVALUATION_TASKS = (*NEEDED_DATA, *TASK_KINDS)  # known without loading any of them
@@ -76,6 +78,7 @@ class EvaluateRequest:
         tensor: tensor-parallel size; the ranks left over share the data.
         tokenizer: instead of the one beside the model.
         task_keys: `task.*` recipe keys given by hand (columns, labels); the fine-tuned run's own recipe fills the rest.
+        retrieval: what the task `retrieval` scores, for which ``model`` is a name; None: another task.
     """
 
     model: str
@@ -94,10 +97,11 @@ class EvaluateRequest:
     tokenizer: str | None = None
     task_keys: tuple[tuple[str, Any], ...] = ()
     ensemble: tuple[str, ...] = ()
+    retrieval: RetrievalSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ``config`` part of ``results.json``."""
-        return asdict(self)
+        return _plain(self)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,11 @@ class GenerateRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the record of what was asked."""
-        values = asdict(self)
-        if self.retrieval is not None:
-            values["retrieval"] = self.retrieval.model_dump(mode="json")
-        return values
+        return _plain(self)
+
+
+def _plain(request: EvaluateRequest | GenerateRequest) -> dict[str, Any]:
+    values = asdict(request)
+    if request.retrieval is not None:
+        values["retrieval"] = request.retrieval.model_dump(mode="json")
+    return values

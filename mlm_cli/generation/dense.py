@@ -33,7 +33,7 @@ class Embedder:
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        facts = read_facts(folder, Embedding)
+        self.folder, facts = folder, read_facts(folder, Embedding)
         tokenizer = load_tokenizer(str(folder))
         check_vocabulary(facts.section, tokenizer, str(folder))
         section = TaskSection(name="embedding", train="", dev="", text_pair_column="", **facts.settings)

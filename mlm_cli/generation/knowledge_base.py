@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from mlm_cli import log
-from mlm_cli.checkpoint.hub import resolve_model
+from mlm_cli.checkpoint.manifest import check_weights
+from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.config.retrieval_section import RetrievalSection
 from mlm_cli.data.sources import Source, find_sources
 from mlm_cli.errors import DataError, MlmError, ResourceError, UsageError
@@ -84,12 +85,11 @@ def open_knowledge_base(section: RetrievalSection, device: torch.device | str = 
             raise UsageError(
                 f"`retrieval.documents`: `{source.path}` is no file", hint="name files, folders or patterns"
             )
-    model = resolve_model(section.embedding_model) if section.embedding_model is not None else None
-    made_of = _made_of(section, sources, model)
     folder = Path(section.index).expanduser() if section.index is not None else None
     if folder is not None:
         _check_ours(folder)
-    embedder = Embedder(model, device) if model is not None else None
+    embedder = open_embedder(section, device)
+    made_of = _made_of(section, sources, embedder.folder if embedder is not None else None)
     kept = _load(folder, made_of, embedder) if folder is not None else None
     if kept is not None:
         return kept
@@ -99,6 +99,19 @@ def open_knowledge_base(section: RetrievalSection, device: torch.device | str = 
     if folder is not None:
         _save(base, folder, made_of)
     return base
+
+
+def open_embedder(section: RetrievalSection, device: torch.device | str = "cpu") -> Embedder | None:
+    """The section's embedding model, of a run its best checkpoint; None: it has none.
+
+    Raises:
+        CheckpointError: no model of the task ``embedding``, or a damaged one.
+    """
+    if section.embedding_model is None:
+        return None
+    folder = resolve_best(section.embedding_model)
+    check_weights(folder)
+    return Embedder(folder, device)
 
 
 def make_retriever(section: RetrievalSection, texts: Iterable[str], embedder: Embedder | None) -> Retriever:

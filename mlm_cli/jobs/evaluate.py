@@ -13,12 +13,13 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import HARNESS, EvaluateRequest, check_tasks
+from mlm_cli.config.requests import HARNESS, RETRIEVAL, EvaluateRequest, check_tasks
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
+from mlm_cli.jobs.evaluate_retrieval import evaluate_retrieval
 from mlm_cli.jobs.evaluate_task import evaluate_task
 from mlm_cli.jobs.evaluate_zero_shot import evaluate_zero_shot
 from mlm_cli.jobs.scoring_parts import (
@@ -50,8 +51,11 @@ def run(request: EvaluateRequest) -> int:
     env = distributed.init()
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
-        members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
-        agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
+        members = {request.model: Path(request.model)}
+        if request.retrieval is None:  # a retriever may have no model, and opens its own
+            named = (request.model, *request.ensemble)
+            members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in named})
+            agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
         started, clock = time.time(), time.perf_counter()
         results = [result for name in names for result in _score(name, request, members, parallel)]
         document = results_document(
@@ -73,6 +77,8 @@ def _score(
     folder, output = members[request.model], _output_folder(request)
     if task in ("crows_pairs", "stereoset"):
         return [evaluate_bias(task, request, folder, parallel, output=output)]
+    if task == RETRIEVAL:
+        return [evaluate_retrieval(request, parallel, output=output)]
     if task in ("lambada", "ranked_choice") or task.startswith(HARNESS):
         return evaluate_zero_shot(task, request, folder, parallel, output=output)
     if task != "perplexity":
