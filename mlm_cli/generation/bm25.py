@@ -63,7 +63,8 @@ class BM25:
         ids = [[vocabulary.setdefault(term, len(vocabulary)) for term in terms(text)] for text in texts]
         vocabulary.setdefault("", len(vocabulary))  # the library wants one, which no text has
         index = library.BM25(method="lucene", k1=k1, b=b, backend="numpy")
-        index.index((ids, vocabulary), show_progress=False)
+        with np.errstate(invalid="ignore"):  # passages without a word have no length to compare with
+            index.index((ids, vocabulary), show_progress=False)
         return cls(index)
 
     def search(self, query: str, k: int) -> list[tuple[int, float]]:
