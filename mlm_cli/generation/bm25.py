@@ -80,7 +80,7 @@ class BM25:
         return bool(terms(query))
 
     def save(self, folder: Path) -> None:
-        self._index.save(folder, allow_pickle=False, show_progress=False)
+        self._index.save(folder, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path, num_passages: int) -> BM25:
@@ -89,7 +89,7 @@ class BM25:
         Raises:
             OSError, ValueError, KeyError, TypeError: damaged, or not of so many passages.
         """
-        index = _library().BM25.load(folder, mmap=True, allow_pickle=False, show_progress=False)
+        index = _library().BM25.load(folder, mmap=True, allow_pickle=False)
         scores, size = index.scores, len(index.scores["indices"])
         starts = scores["indptr"]
         if not (

@@ -1,7 +1,7 @@
 """A knowledge base: the passages of some documents and what finds them, made anew or kept in a folder.
 
-The folder holds ``index.json`` (what the index was made of and how), the passages as arrays, and the retriever's own
-files. All are numbers, text or JSON: opening an index runs nothing of it.
+The folder holds ``mlm-retrieval.json`` (what the index was made of and how), the passages as arrays, and the
+retriever's own files. All are numbers, text or JSON: opening an index runs nothing of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mlm_cli.generation.dense import Dense, Embedder
 from mlm_cli.generation.passages import Passage, Passages, Retrieved, read_documents
 
 _FORMAT = 1
-_HEAD, _FINDER = "index.json", "retriever"
+_HEAD, _FINDER = "mlm-retrieval.json", "retriever"
+_KNOWN = {_HEAD, _FINDER, *(f"{name}.npy" for name in Passages.ARRAYS)}
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 # Settings that an index depends on; the others are read anew by each command.
 _INDEXED = ("json_key", "retriever", "passage_words", "passage_overlap", "k1", "b")
@@ -87,12 +88,13 @@ def open_knowledge_base(section: RetrievalSection, device: torch.device | str = 
             )
     folder = Path(section.index).expanduser() if section.index is not None else None
     if folder is not None:
-        _check_ours(folder)
+        _check_place(folder, section.documents)
     embedder = open_embedder(section, device)
     made_of = _made_of(section, sources, embedder.folder if embedder is not None else None)
     kept = _load(folder, made_of, embedder) if folder is not None else None
     if kept is not None:
         return kept
+    log.info(f"knowledge base: reading {len(sources):,} files")
     passages = Passages.of(read_documents(sources, section.json_key), section.passage_words, section.passage_overlap)
     base = KnowledgeBase(passages, make_retriever(section, passages.texts(), embedder))
     log.info(f"knowledge base: {len(passages):,} passages of {len(passages.files):,} files")
@@ -132,12 +134,19 @@ def _made_of(section: RetrievalSection, sources: Sequence[Source], model: Path |
     return found
 
 
-def _check_ours(folder: Path) -> None:
-    """An index is replaced as a whole: nothing else may be in its folder."""
-    if folder.exists() and not (folder.is_dir() and ((folder / _HEAD).is_file() or not any(folder.iterdir()))):
-        raise UsageError(
-            f"`retrieval.index`: {folder} is there, and no index", hint="name a folder that does not exist yet"
-        )
+def _check_place(folder: Path, documents: Sequence[str]) -> None:
+    """An index is replaced as a whole: nothing else may be in its folder; nor are its own files documents."""
+    if folder.exists():
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if names and not (_HEAD in names <= _KNOWN):
+            raise UsageError(
+                f"`retrieval.index`: {folder} is there, and no index", hint="name a folder that does not exist yet"
+            )
+    for given in documents:
+        if Path(given).is_dir() and folder.resolve().is_relative_to(Path(given).resolve()):
+            raise UsageError(
+                f"`retrieval.index`: {folder} is among the documents in {given}", hint="name a folder elsewhere"
+            )
 
 
 def _load(folder: Path, made_of: dict[str, Any], embedder: Embedder | None) -> KnowledgeBase | None:

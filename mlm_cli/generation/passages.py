@@ -149,7 +149,8 @@ class Passages:
     def __getitem__(self, number: int) -> Passage:
         start = int(self.ends[number - 1]) if number else 0
         file, line, offset = map(int, self.places[number])
-        return Passage(self.text[start : int(self.ends[number])].tobytes().decode(), self.files[file], line, offset)
+        text = self.text[start : int(self.ends[number])].tobytes().decode("utf-8", "replace")
+        return Passage(text, self.files[file], line, offset)
 
     def texts(self) -> Iterator[str]:
         """The text of each, in order."""

@@ -86,7 +86,7 @@ def test_other_documents_make_it_anew(section: RetrievalSection, builds: list[in
 
 
 @pytest.mark.parametrize(
-    "victim", ["index.json", "text.npy", "ends.npy", "places.npy", "data", "indptr", "vocab", "params"]
+    "victim", ["mlm-retrieval.json", "text.npy", "ends.npy", "places.npy", "data", "indptr", "vocab", "params"]
 )
 @pytest.mark.parametrize("damage", ["cut", "gone", "objects", "nonsense"])
 def test_a_damaged_index_is_made_anew(
@@ -104,7 +104,7 @@ def test_a_damaged_index_is_made_anew(
             np.save(out, np.array([print], dtype=object), allow_pickle=True)
     else:
         path.write_text("[3]")
-    if (victim, damage) == ("index.json", "gone"):  # then it is no index of ours, and stays
+    if (victim, damage) == ("mlm-retrieval.json", "gone"):  # then it is no index of ours, and stays
         with pytest.raises(UsageError, match="is there, and no index"):
             ask(section)
         return
@@ -120,6 +120,15 @@ def test_other_folders_are_left_alone(section: RetrievalSection, tmp_path: Path)
         with pytest.raises(UsageError, match="is there, and no index"):
             ask(section.model_copy(update={"index": str(path)}))
     assert (tmp_path / "thesis" / "chapter1").read_text() == "years of work"
+    assert ask(section)  # makes it
+    assert section.index is not None
+    note = Path(section.index) / "notes.txt"
+    note.write_text("not to be lost")
+    with pytest.raises(UsageError, match="is there, and no index"):
+        ask(section.model_copy(update={"passage_words": 2}))
+    assert note.read_text() == "not to be lost"
+    with pytest.raises(UsageError, match="is among the documents"):
+        ask(section.model_copy(update={"index": f"{section.documents[0]}/sub/index"}))
     (tmp_path / "empty").mkdir()
     assert ask(section.model_copy(update={"index": str(tmp_path / "empty")}))
     with pytest.raises(ResourceError, match="cannot write the index"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,9 @@ from mlm_cli.errors import DataError, UsageError
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.jobs import generate
 from tests.generation.folders import save_folder
+from tests.generation.test_dense import save as save_embedding
 from tests.generation.test_encoder_decoder import make_t5, save_tokenizer
+from tests.jobs.test_serve import Server
 
 pytest.importorskip("bm25s")
 
@@ -220,6 +223,40 @@ def test_retrieval_with_what_it_cannot_have(
     given = [path if word == "FILE" else word for word in arguments]
     assert run(["evaluate", *given, "--task", "retrieval"]) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_model_is_scored_by_its_embeddings(tmp_path: Path, capsys: Any) -> None:
+    model = save_embedding(tmp_path / "m", "bert")
+    path = squad(tmp_path / "q.json", [("a film was good", [("a film was good", "film")]), ("bad", [("bad", "bad")])])
+    assert run(["evaluate", str(model), "--task", "retrieval", "--data", path, "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["model_name"] == str(model)
+    assert document["configs"]["retrieval"]["retriever"] == "dense"
+    assert document["results"]["retrieval"]["recall@1,none"] == 1.0  # each question is its own text
+    assert run(["evaluate", str(model), "--task", "retrieval", "--data", path, "retrieval.retriever=dense",
+                f"retrieval.embedding_model={model}"]) == 2  # fmt: skip
+    assert "are two models" in capsys.readouterr().err
+
+
+def test_a_server_looks_up_each_request(folder: Path, facts: str) -> None:
+    pytest.importorskip("uvicorn")
+    server = Server(folder, f"retrieval.documents={facts}", "retrieval.num_passages=2")
+    try:
+        reply = server.ask(prompt=["lazy dog?", "zebra"], max_tokens=5)
+        first, second = reply["choices"]
+        assert (first["passages"][0]["source"], second["passages"]) == (f"{facts}:1", [])
+        assert first["num_passages_dropped"] == 0
+        [refused] = server.ask(prompt="lazy dog?", max_tokens=90)["choices"]  # no room beside so long an answer
+        assert (refused["passages"], refused["num_passages_dropped"]) == ([], 1)
+        last = server.events(prompt="lazy dog?", max_tokens=2)[-1]["choices"][0]
+        assert last["passages"] == first["passages"]
+        status, message, _ = server.refusal(prompt=[1, 2, 3])
+        assert status == 400 and "given as ids" in message
+        status, message, _ = server.refusal(prompt="")
+        assert status == 400 and "nothing to look up" in message
+        assert server.end(signal.SIGTERM) == 0
+    finally:
+        server.process.kill()
 
 
 def test_xquad_is_found_as_documented(test_data: Path, capsys: Any) -> None:
