@@ -28,7 +28,7 @@ class RetrievalSection(Section):
     )
     passage_words: int = Field(default=100, ge=1, description="words of a passage")
     passage_overlap: int = Field(default=0, ge=0, description="words that a passage repeats of the one before it")
-    num_passages: int = Field(default=3, ge=1, le=1000, description="passages before a prompt, the best first")
+    num_passages: int = Field(default=3, ge=1, le=100, description="passages before a prompt, the best first")
     template: str = Field(
         default=f"{PASSAGES}\n\n{PROMPT}", description="what the model is given, with `{passages}` and `{prompt}`"
     )

@@ -16,11 +16,18 @@ from mlm_cli.generation.prompts import Prompt
 
 
 def fill(template: str, separator: str, passages: Sequence[Passage], prompt: str) -> str:
-    """The text that a model is given; what looks like a mark inside passages or prompt is left alone."""
+    """The text that a model is given; what looks like a mark inside passages or prompt is left alone.
+
+    Without passages the white space that parted them from the prompt goes too, where they began or ended the text.
+    """
     values = {PASSAGES: separator.join(passage.text for passage in passages), PROMPT: prompt}
     first, second = sorted(values, key=template.index)
     before, _, rest = template.partition(first)
     between, _, after = rest.partition(second)
+    if not passages and first == PASSAGES and not before.strip():
+        before, between = "", between.lstrip()
+    if not passages and second == PASSAGES and not after.strip():
+        between, after = between.rstrip(), ""
     return f"{before}{values[first]}{between}{values[second]}{after}"
 
 
@@ -28,7 +35,7 @@ class GroundedEncoder(PromptEncoder):
     """Encodes prompts with the passages that were found for them. Safe to call from several threads.
 
     Passages that do not fit are left out whole, the worst first, so that the prompt stays as it is and a causal model
-    keeps room for its answer. A prompt without passages is given as if there were no knowledge base.
+    keeps room for its answer.
 
     Args:
         max_new_tokens: longest answer, where none is given with a prompt.
@@ -61,12 +68,10 @@ class GroundedEncoder(PromptEncoder):
             room -= self._max_new_tokens if max_new_tokens is None else max_new_tokens
         retrieved = self._base.search(prompt.text, section.num_passages, prompt.where)
         passages = [passage for passage, _ in retrieved.passages]
-        for kept in range(len(passages), 0, -1):
+        for kept in range(len(passages), -1, -1):
             tokens = self.ids(fill(section.template, section.separator, passages[:kept], prompt.text))
             if len(tokens) <= room:
                 break
-        else:
-            kept, tokens = 0, self.ids(prompt.text)
         retrieved = replace(retrieved, passages=retrieved.passages[:kept], num_dropped=len(passages) - kept)
         return super().take(replace(prompt, retrieved=retrieved), tokens)
 

@@ -59,6 +59,20 @@ def test_the_template_is_filled_once() -> None:
     assert fill("Q: {prompt} <{passages}>", "|", passages[:1], "{prompt}") == "Q: {prompt} <the lion sleeps>"
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{passages}\n\n{prompt}", " p \n"),
+        (" {passages}\n\nQ: {prompt}\nA: ", "Q:  p \n\nA: "),
+        ("Read: {passages}\nQ: {prompt} ", "Read: \nQ:  p \n "),
+        ("{prompt}\n{passages} ", " p \n"),
+        ("Q: {prompt} <{passages}>", "Q:  p \n <>"),
+    ],
+)
+def test_without_passages_the_template_stays(template: str, expected: str) -> None:
+    assert fill(template, "\n", [], " p \n") == expected
+
+
 def test_the_model_is_given_template_passages_and_prompt(
     tokenizer: Tokenizer, encoder: Callable[..., GroundedEncoder]
 ) -> None:
@@ -109,9 +123,9 @@ def test_a_request_may_ask_for_a_longer_answer(encoder: Callable[..., GroundedEn
     assert [len(one.passages) for one in kept if one is not None] == [3, 2, 0]
 
 
-def test_without_passages_the_prompt_is_as_it_is(tokenizer: Tokenizer, encoder: Callable[..., GroundedEncoder]) -> None:
+def test_nothing_found_is_an_empty_list(tokenizer: Tokenizer, encoder: Callable[..., GroundedEncoder]) -> None:
     found = encoder(100, section={"template": "Q: {prompt} {passages}"}).encode(Prompt(0, "nothing", 0, ""))
-    assert list(found.tokens) == list(PromptEncoder(tokenizer, 100).encode(Prompt(0, "nothing", 0, "")).tokens)
+    assert list(found.tokens) == list(PromptEncoder(tokenizer, 100).encode(Prompt(0, "Q: nothing", 0, "")).tokens)
     assert found.prompt.retrieved is not None and found.prompt.retrieved.passages == ()
 
 
