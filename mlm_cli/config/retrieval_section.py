@@ -75,6 +75,13 @@ def check_retrieval(section: RetrievalSection, verb: str) -> Iterator[Mistake]:
                 f"`retrieval.template` has `{mark}` {section.template.count(mark)} times, and not once",
                 "for example '\"{passages}\\n\\nQuestion: {prompt}\\nAnswer:\"'",
             )
+    for key in ("template", "separator"):
+        if "\\n" in getattr(section, key):  # what single quotes around it come to
+            yield Mistake(
+                (f"retrieval.{key}",),
+                f"`retrieval.{key}` has a backslash and an n where a line break is meant",
+                f"YAML reads \\n in double quotes: retrieval.{key}='\"...\\n...\"'",
+            )
     if (section.retriever == "dense") != (section.embedding_model is not None):
         dense = section.retriever == "dense"
         yield Mistake(

@@ -52,6 +52,10 @@ class PromptEncoder:
             )
         return self.take(prompt, tokens)
 
+    def check(self, prompt: Prompt) -> None:
+        """Find out whether a prompt can be encoded. Raises: as ``encode``."""
+        self.encode(prompt)
+
     def take(self, prompt: Prompt, tokens: Sequence[int]) -> EncodedPrompt:
         """A prompt whose ids are known. Raises DataError: longer than the context."""
         if len(tokens) > self.max_length:

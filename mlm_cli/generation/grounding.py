@@ -75,6 +75,11 @@ class GroundedEncoder(PromptEncoder):
         retrieved = replace(retrieved, passages=retrieved.passages[:kept], num_dropped=len(passages) - kept)
         return super().take(replace(prompt, retrieved=retrieved), tokens)
 
+    def check(self, prompt: Prompt) -> None:
+        """Nothing is looked up: it is without passages that a prompt has the most room."""
+        self._base.check(prompt.text, prompt.where)
+        super().take(prompt, self.ids(fill(self._section.template, self._section.separator, (), prompt.text)))
+
     def take(self, prompt: Prompt, tokens: Sequence[int]) -> EncodedPrompt:
         """Raises DataError: ids are no text to look up."""
         raise DataError(f"{prompt.where}: a prompt given as ids cannot be looked up", hint="give it as text")

@@ -30,6 +30,12 @@ _FORMAT = 1
 _HEAD, _FINDER = "mlm-retrieval.json", "retriever"
 _KNOWN = {_HEAD, _FINDER, *(f"{name}.npy" for name in Passages.ARRAYS)}
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, ImportError)
+# What the reader of `mlm preprocess` advises, in the words of a recipe.
+_ADVICE = {
+    "; otherwise say which with --input-format": "",
+    "; a Hub data set is written hf://owner/name": "",
+    "give --json-key": "set `retrieval.json_key`",
+}
 # Settings that an index depends on; the others are read anew by each command.
 _INDEXED = ("json_key", "retriever", "passage_words", "passage_overlap", "k1", "b")
 
@@ -53,16 +59,16 @@ class KnowledgeBase:
     def __init__(self, passages: Passages, retriever: Retriever) -> None:
         self.passages, self._retriever = passages, retriever
 
-    def search(self, query: str, k: int, where: str) -> Retrieved:
-        """The best ``k`` passages for ``query``; fewer where no more have anything to do with it.
-
-        Raises:
-            DataError: there is nothing in the query to look up; ``where`` says whose it is.
-        """
+    def check(self, query: str, where: str) -> None:
+        """Raises DataError: there is nothing in the query to look up; ``where`` says whose it is."""
         if not self._retriever.can_ask(query):
             raise DataError(
                 f"{where}: an empty prompt, and nothing to look up in the knowledge base", hint="give at least one word"
             )
+
+    def search(self, query: str, k: int, where: str) -> Retrieved:
+        """The best ``k`` passages for ``query``; of BM25 fewer where no more share a word. Raises: as ``check``."""
+        self.check(query, where)
         found: list[tuple[Passage, float]] = [
             (self.passages[number], score) for number, score in self._retriever.search(query, k)
         ]
@@ -80,6 +86,16 @@ def open_knowledge_base(section: RetrievalSection, device: torch.device | str = 
         DataError: documents that cannot be read, or hold no text. CheckpointError: no embedding model.
         ResourceError: the index cannot be written.
     """
+    try:
+        return _open(section, device)
+    except DataError as error:
+        hint = error.hint
+        for flag, key in _ADVICE.items():
+            hint = hint.replace(flag, key) if hint is not None else None
+        raise DataError(error.message, hint=hint) from None
+
+
+def _open(section: RetrievalSection, device: torch.device | str) -> KnowledgeBase:
     sources = find_sources(section.documents)
     for source in sources:
         if source.format == "hub" or source.is_stream:
@@ -94,10 +110,10 @@ def open_knowledge_base(section: RetrievalSection, device: torch.device | str = 
     kept = _load(folder, made_of, embedder) if folder is not None else None
     if kept is not None:
         return kept
-    log.info(f"knowledge base: reading {len(sources):,} files")
+    log.info(f"knowledge base: reading {_count(len(sources), 'file')}")
     passages = Passages.of(read_documents(sources, section.json_key), section.passage_words, section.passage_overlap)
     base = KnowledgeBase(passages, make_retriever(section, passages.texts(), embedder))
-    log.info(f"knowledge base: {len(passages):,} passages of {len(passages.files):,} files")
+    log.info(f"knowledge base: {_count(len(passages), 'passage')}")
     if folder is not None:
         _save(base, folder, made_of)
     return base
@@ -121,6 +137,10 @@ def make_retriever(section: RetrievalSection, texts: Iterable[str], embedder: Em
     if embedder is not None:
         return Dense.of(texts, embedder)
     return BM25.of(texts, k1=section.k1, b=section.b)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _made_of(section: RetrievalSection, sources: Sequence[Source], model: Path | None) -> dict[str, Any]:
@@ -169,7 +189,7 @@ def _load(folder: Path, made_of: dict[str, Any], embedder: Embedder | None) -> K
     except _DAMAGE as error:
         log.warn(f"{folder}: the index is damaged, and is made anew ({error})")
         return None
-    log.detail(f"{folder}: {len(passages):,} passages of {len(passages.files):,} files")
+    log.detail(f"{folder}: {_count(len(passages), 'passage')} of {_count(len(passages.files), 'file')}")
     return KnowledgeBase(passages, retriever)
 
 

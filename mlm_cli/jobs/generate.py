@@ -189,15 +189,15 @@ def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> 
 
 
 def _prompts(request: GenerateRequest, encoder: PromptEncoder) -> Iterable[EncodedPrompt]:
-    """What to answer. A prompts file is read and encoded once beforehand, so that a mistake in its last line costs no
+    """What to answer. A prompts file is read and checked once beforehand, so that a mistake in its last line costs no
     time; standard input can be read only once and is taken as it comes."""
     if request.prompts:
         return list(encoder.encode_all(prompt_sources.from_texts(request.prompts)))
     if request.prompts_file is None:
         return [encoder.encode(prompt_sources.from_text_stream(sys.stdin.buffer))]
     if request.prompts_file != "-":
-        for _ in encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file)):
-            pass
+        for prompt in prompt_sources.from_jsonl(request.prompts_file):
+            encoder.check(prompt)
     return encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file))
 
 

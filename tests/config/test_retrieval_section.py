@@ -20,6 +20,8 @@ from mlm_cli.errors import UsageError
         (['retrieval.template="{prompt}"'], r"`retrieval.template` has `{passages}` 0 times"),
         (['retrieval.template="{prompt} {passages} {prompt}"'], r"`retrieval.template` has `{prompt}` 2 times"),
         (["retrieval.template={prompt}"], r"stands in quotes"),
+        (["retrieval.template={passages}\\n{prompt}"], r"`retrieval.template` has a backslash and an n"),
+        (["retrieval.separator='\\n'"], r"`retrieval.separator` has a backslash and an n"),
         (["retrieval.retriever=dense"], r"dense needs an embedding model"),
         (["retrieval.embedding_model=runs/x"], r"bm25 has no use for `retrieval.embedding_model`"),
         (["retrieval.num_passages=0"], r"retrieval.num_passages"),

@@ -146,6 +146,10 @@ def test_what_is_no_base_is_told(section: RetrievalSection, tmp_path: Path, monk
     ):
         with pytest.raises(error, match=message):
             open_knowledge_base(section.model_copy(update={"documents": documents}))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(DataError, match="unknown format") as advice:
+        open_knowledge_base(section.model_copy(update={"documents": (str(tmp_path / "a.csv"),)}))
+    assert advice.value.hint is not None and "--" not in advice.value.hint
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UsageError, match="needs the package `bm25s`") as caught:
         open_knowledge_base(section.model_copy(update={"index": None}))

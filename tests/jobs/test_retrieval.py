@@ -137,6 +137,11 @@ def test_what_cannot_be_asked_is_refused_before_the_weights_are_read(
     monkeypatch.setattr(generate, "load_model_folder", lambda *_args, **_options: pytest.fail("weights were read"))
     with pytest.raises(UsageError, match="`--interactive` is one text that grows"):
         generate.run(request(folder, facts, interactive=True))
+    prompts = tmp_path / "prompts.jsonl"
+    for bad, message in ((" ", "an empty prompt"), ("x y z " * 100, r"the prompt has \d+ tokens")):
+        prompts.write_text('{"prompt": "fox"}\n' + json.dumps({"prompt": bad}) + "\n")
+        with pytest.raises(DataError, match=f"prompts.jsonl:2: {message}"):
+            generate.run(request(folder, facts, prompts_file=str(prompts)))
     with pytest.raises(DataError, match="--prompt number 2: an empty prompt"):
         generate.run(request(folder, facts, prompts=("fox", " ")))
     Path(facts).write_text('{"text": "x"}\n{"text"\n')
@@ -246,8 +251,8 @@ def test_a_server_looks_up_each_request(folder: Path, facts: str) -> None:
         first, second = reply["choices"]
         assert (first["passages"][0]["source"], second["passages"]) == (f"{facts}:1", [])
         assert first["num_passages_dropped"] == 0
-        [refused] = server.ask(prompt="lazy dog?", max_tokens=90)["choices"]  # no room beside so long an answer
-        assert (refused["passages"], refused["num_passages_dropped"]) == ([], 1)
+        [crowded] = server.ask(prompt="lazy dog?", max_tokens=90)["choices"]  # no room beside so long an answer
+        assert (crowded["passages"], crowded["num_passages_dropped"]) == ([], 1)
         last = server.events(prompt="lazy dog?", max_tokens=2)[-1]["choices"][0]
         assert last["passages"] == first["passages"]
         status, message, _ = server.refusal(prompt=[1, 2, 3])
