@@ -86,8 +86,7 @@ def generate(
     is one JSON line, in the order of the prompts. --nproc N slices the model over N ranks. --serve answers
     POST /v1/completions (also streamed), --batch-size requests at once, until Ctrl-C. generate.beams=N looks for the
     likeliest answer by beam search, generate.contrastive_alpha=A for one that does not repeat itself among the --top-k
-    likeliest tokens. retrieval.documents=FILES
-    puts the passages of these files that fit a prompt best before it.
+    likeliest tokens. retrieval.documents=FILES puts the passages of these files that fit a prompt best before it.
 
     \b
     Examples:

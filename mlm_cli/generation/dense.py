@@ -1,5 +1,8 @@
-"""Dense retrieval: passages by the cosine of their embedding with the query's (Karpukhin et al. 2020), by one of our
-embedding models. The search is exact: one product with all vectors."""
+"""Dense retrieval: passages by the cosine of their embedding with the query's (Karpukhin et al. 2020).
+
+The embeddings are those of one of our models of the task ``embedding``; the search is exact, one product with all
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,12 @@ class Embedder:
         texts, parts = iter(texts), list[np.ndarray]()
         while group := list(islice(texts, _TOGETHER)):
             features = Features(tuple(self._encoder.rows(group)), self._encoder.pad_id)
-            found = np.empty((len(group), 0), np.float32)
+            found, places = list[np.ndarray](), list[np.ndarray]()  # batches come with the long texts first
             for batch in evaluation_batches(features, batch_size=_BATCH):
-                outputs = self._model({name: tensor.to(self._device) for name, tensor in batch.items()}).float().cpu()
-                if not found.shape[1]:
-                    found = np.empty((len(group), outputs.shape[1]), np.float32)
-                found[batch["sample_ids"].numpy()] = outputs.numpy()
-            parts.append(found)
+                here = {name: tensor.to(self._device) for name, tensor in batch.items()}
+                found.append(self._model(here).float().cpu().numpy())
+                places.append(batch["sample_ids"].numpy())
+            parts.append(np.concatenate(found)[np.argsort(np.concatenate(places))])
         return np.concatenate(parts)
 
 
