@@ -181,6 +181,8 @@ def _retrieval(recipe: Recipe, model: str | None, ensemble: bool) -> RetrievalSe
             )
     if model is None:
         return section
+    if Path(model).is_file():
+        raise UsageError(f"`{model}` is a file, and no model", hint="give files of questions with --data")
     if section.embedding_model is not None:
         raise UsageError(f"`{model}` and `retrieval.embedding_model` are two models", hint="name one of them")
     return section.model_copy(update={"retriever": "dense", "embedding_model": model})

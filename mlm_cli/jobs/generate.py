@@ -114,13 +114,13 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         check_vocabulary(section, tokenizer, str(folder))
         settings = replace(settings, end_ids=end_ids(folder, tokenizer))
         affixes = prompt_affixes(config, section.family) if request.as_trained and not request.interactive else ("", "")
+        web = Web(request) if request.serve else None
         ends = section.family == "t5"
         if request.retrieval is not None:
             encoder = grounded_encoder(request, tokenizer, section.seq_length, parallel, ends=ends, affixes=affixes)
         else:
             encoder = PromptEncoder(tokenizer, section.seq_length, ends=ends, affixes=affixes)
         prompts = None if request.interactive or request.serve else _prompts(request, encoder)
-        web = Web(request) if request.serve else None
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
         decoder = _decoder(request, settings, folder, _load(request, folder, parallel))
         told.ready = True

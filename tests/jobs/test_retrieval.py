@@ -219,6 +219,7 @@ def test_retrieval_is_scored_by_the_rank_of_the_answer(tmp_path: Path, capsys: A
         (["--data", "FILE", "retrieval.documents=x"], 2, "`retrieval.documents` is not for --task retrieval"),
         (["--data", "FILE", "retrieval.passage_overlap=200"], 2, "leaves nothing new"),
         (["nowhere/at/all", "--data", "FILE"], 4, "nowhere/at/all"),
+        (["FILE"], 2, "is a file, and no model"),
     ],
 )
 def test_retrieval_with_what_it_cannot_have(
