@@ -28,6 +28,7 @@ from mlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlm_cli.config.requests import EvaluateRequest
+    from mlm_cli.config.retrieval_section import RetrievalSection
     from mlm_cli.config.schema import Recipe
 
 _WATERMARK = ("ratio", "scheme", "context", "key")  # what is looked for is what `mlm generate` was told to write
@@ -78,6 +79,8 @@ def evaluate(
     of lm-evaluation-harness), and which stereotypes it prefers (gpt, bert): crows_pairs, stereoset.
     watermark finds texts that were written with generate.watermark_bias and the same generate.watermark_key; of the
     model it reads the tokenizer alone.
+    What finds passages for `mlm generate` (retrieval.* keys): retrieval, by a MODEL's embeddings, or without MODEL by
+    BM25.
 
     \b
     Examples:
@@ -90,6 +93,7 @@ def evaluate(
       mlm evaluate runs/gpt --task lm_eval:arc_easy evaluate.num_fewshot=5
       mlm evaluate runs/bert --task crows_pairs --data crows_pairs_anonymized.csv -o results/bias
       mlm evaluate runs/gpt --task watermark --data answers.jsonl generate.watermark_key=env:KEY -o results/mark
+      mlm evaluate --task retrieval --data dev-v1.1.json retrieval.passage_words=50
       mlm evaluate --ensemble runs/a runs/b runs/c --task classification --data dev.tsv
       mlm evaluate openai-community/gpt2 --task perplexity --data *.txt -o results/gpt2
     """
@@ -125,9 +129,12 @@ def _job(request: EvaluateRequest) -> int | None:
 def _request(
     recipe: Recipe, words: list[str], task_keys: dict[str, Any], format: str, ensemble: bool
 ) -> EvaluateRequest:
-    from mlm_cli.config.requests import HARNESS, TAKES_MAX_LENGTH, EvaluateRequest, check_tasks
+    from mlm_cli.config.requests import HARNESS, RETRIEVAL, TAKES_MAX_LENGTH, EvaluateRequest, check_tasks
 
     model = words[0] if words else recipe.init_from
+    retrieval = _retrieval(recipe, model, ensemble) if RETRIEVAL in recipe.evaluate.tasks else None
+    if retrieval is not None:
+        model = retrieval.embedding_model or retrieval.retriever
     if model is None:
         raise UsageError("no model given", hint="mlm evaluate MODEL --task NAME; MODEL is a run folder, for example")
     for word in () if ensemble else words[1:]:
@@ -157,11 +164,36 @@ def _request(
         batch_size=recipe.evaluate.micro_batch_size or EvaluateRequest.batch_size,
         format="json" if format == "json" else "text",
         ensemble=tuple(words[1:]) if ensemble else (),
+        retrieval=retrieval,
         task_keys=tuple({**from_recipe, **task_keys}.items()),
         watermark_z=recipe.evaluate.watermark_z,
         **{f"watermark_{key}": getattr(recipe.generate, f"watermark_{key}") for key in _WATERMARK},
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )
+
+
+def _retrieval(recipe: Recipe, model: str | None, ensemble: bool) -> RetrievalSection:
+    """What the task `retrieval` scores: ``model``'s embeddings, or else what the keys say.
+
+    Raises:
+        UsageError: other tasks or models beside it; keys that it does not read.
+    """
+    section = recipe.retrieval
+    if len(recipe.evaluate.tasks) > 1 or ensemble:
+        raise UsageError("retrieval is scored by itself", hint="evaluate other tasks and models with another command")
+    for key in ("documents", "index"):
+        if getattr(section, key):
+            raise UsageError(
+                f"`retrieval.{key}` is not for --task retrieval, which looks among the texts of its questions",
+                hint="leave it out",
+            )
+    if model is None:
+        return section
+    if Path(model).is_file():
+        raise UsageError(f"`{model}` is a file, and no model", hint="give files of questions with --data")
+    if section.embedding_model is not None:
+        raise UsageError(f"`{model}` and `retrieval.embedding_model` are two models", hint="name one of them")
+    return section.model_copy(update={"retriever": "dense", "embedding_model": model})
 
 
 def _task_keys(overrides: list[str]) -> dict[str, Any]:

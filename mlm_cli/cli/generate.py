@@ -88,6 +88,7 @@ def generate(
     likeliest answer by beam search, generate.contrastive_alpha=A for one that does not repeat itself among the --top-k
     likeliest tokens. generate.watermark_bias=2 marks the text so that who has the key can tell it later
     (`mlm evaluate --task watermark`); generate.provenance=true says in each JSON line what wrote it.
+    retrieval.documents=FILES puts the passages of these files that fit a prompt best before it.
 
     \b
     Examples:
@@ -97,6 +98,7 @@ def generate(
       mlm generate runs/t5 --prompts texts.jsonl generate.beams=4
       mlm generate runs/gpt --prompt "The " generate.contrastive_alpha=0.6 --top-k 4
       mlm generate runs/gpt --prompt "The " generate.watermark_bias=2 generate.watermark_key=env:KEY
+      mlm generate runs/gpt --prompt "Who may sign orders?" retrieval.documents=handbook/
       mlm generate runs/gpt --interactive --nproc 2
       mlm generate runs/gpt --serve --port 8000 --batch-size 16
     """
@@ -171,5 +173,6 @@ def _request(recipe: Recipe, words: list[str], way: dict[str, Any], format: str)
         output=recipe.output,
         format="json" if format == "json" else "text",
         **recipe.generate.model_dump(),
+        retrieval=recipe.retrieval if recipe.retrieval.documents else None,
         **{name: read(recipe) for name, read in MODEL_KEYS.items()},
     )

@@ -15,9 +15,9 @@ from mlm_cli.config.schema import Recipe
 # are made absolute only if something by that name is there.
 PATH_KEYS = (
     *("output", "data.path", "data.train", "data.valid", "data.test", "task.train", "task.dev", "evaluate.data"),
-    *("parallel.offload_folder", "preprocess.clean.decontaminate"),
+    *("parallel.offload_folder", "preprocess.clean.decontaminate", "retrieval.documents", "retrieval.index"),
 )
-PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs")
+PATH_OR_NAME_KEYS = ("tokenizer", "init_from", "checkpoint.resume", "preprocess.inputs", "retrieval.embedding_model")
 
 # Never repeated in a message: a user who writes the secret itself there is told so without it.
 SECRET_KEYS = ("generate.watermark_key",)

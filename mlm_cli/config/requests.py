@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlm_cli.config.retrieval_section import RetrievalSection
 from mlm_cli.config.tasks import TASK_KINDS
 from mlm_cli.errors import UsageError
 
 OutputFormat = Literal["text", "json"]
+RETRIEVAL = "retrieval"  # the task of `mlm evaluate` that needs no model
 # What these tasks of `mlm evaluate` need, which no fine-tuning run names.
 NEEDED_DATA = {
     "perplexity": ("text", "give files or an indexed prefix with --data"),
     "crows_pairs": ("its pairs of sentences", "give crows_pairs_anonymized.csv with --data"),
     "stereoset": ("its sentences", "give StereoSet's dev.json with --data"),
     "lambada": ("its passages", "give lambada_test.jsonl, or a passage a line, with --data"),
+    RETRIEVAL: ("questions on texts", "give a JSON file in the form of SQuAD with --data"),
     "ranked_choice": ("questions and their choices", "give JSON lines with --data"),
     "watermark": ("texts", "give JSON lines, as `mlm generate --format json` writes them, or text files with --data"),
 }
@@ -89,6 +92,7 @@ class EvaluateRequest:
         watermark_ratio, watermark_scheme, watermark_context, watermark_key: of the watermark that is looked for; see
             ``GenerateRequest``.
         watermark_z: a text has it where its z-score is larger.
+        retrieval: what the task `retrieval` scores, for which ``model`` is a name; None: another task.
     """
 
     model: str
@@ -112,10 +116,11 @@ class EvaluateRequest:
     watermark_context: int | None = None
     watermark_key: str | None = None
     watermark_z: float = 4.0
+    retrieval: RetrievalSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ``config`` part of ``results.json``."""
-        return asdict(self)
+        return _plain(self)
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class GenerateRequest:
         output: file that the answers go to instead of standard output.
         tensor: tensor-parallel size; must be the number of ranks.
         tokenizer: instead of the one beside the model.
+        retrieval: the knowledge base whose passages stand before each prompt; None: there is none.
     """
 
     model: str
@@ -180,7 +186,15 @@ class GenerateRequest:
     tensor: int = 1
     precision: Precision = "auto"
     tokenizer: str | None = None
+    retrieval: RetrievalSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the record of what was asked."""
-        return asdict(self)
+        return _plain(self)
+
+
+def _plain(request: EvaluateRequest | GenerateRequest) -> dict[str, Any]:
+    values = asdict(request)
+    if request.retrieval is not None:
+        values["retrieval"] = request.retrieval.model_dump(mode="json")
+    return values

@@ -134,7 +134,7 @@ def write_recipe(recipe: Recipe, path: Path | str) -> None:
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, every key that has a value; without the sections of other verbs that nobody touched."""
     values = recipe.model_dump(mode="json", exclude_none=True)
-    for section in ("generate", "preprocess"):
+    for section in ("generate", "retrieval", "preprocess"):
         if getattr(recipe, section) == Recipe.model_fields[section].default:
             del values[section]
     return yaml_text.dump(values)

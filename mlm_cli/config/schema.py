@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from mlm_cli.config.clean_section import CleanSection
 from mlm_cli.config.generate_section import GenerateSection
+from mlm_cli.config.retrieval_section import RetrievalSection
 from mlm_cli.config.section import Section
 from mlm_cli.config.split import parse_split
 from mlm_cli.config.task_section import TaskSection
@@ -350,6 +351,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     generate: GenerateSection = GenerateSection()
+    retrieval: RetrievalSection = RetrievalSection()
     preprocess: PreprocessSection = PreprocessSection()
     log: LogSection = LogSection()
     seed: int = Field(default=1234, ge=0, lt=2**63)

@@ -216,5 +216,5 @@ def check_slices(model: ModelSection, tensor: int) -> None:
 
 
 def turns_by_length(model: ModelSection) -> bool:
-    """Do positions of a text turn by its whole length (dynamic rotary scaling), so that a longer row is another text?"""
+    """Do positions turn by the length of the whole text (dynamic rotary scaling), so that padding would change it?"""
     return model.rotary_scaling is not None and model.rotary_scaling.type == "dynamic"

@@ -15,7 +15,7 @@ import numpy as np
 from mlm_cli.data.tokenizer import Tokenizer
 
 # Thai to Myanmar, Khmer, the newer scripts of South-East Asia, and all from the CJK symbols on but Hangul
-_UNSPACED = ((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x1950, 0x19E0), (0x2E80, 0xA000), (0xF900, 0xFB00))
+UNSPACED = ((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x1950, 0x19E0), (0x2E80, 0xA000), (0xF900, 0xFB00))
 _WIDE_LEAD = 0xE3  # first byte, in UTF-8, of nearly all characters written without spaces
 
 
@@ -77,7 +77,7 @@ def _goes_on(content: bytes) -> bool:
     character = content[:size].ljust(size, b"\x80").decode("utf-8", "replace")
     if whole and unicodedata.category(character)[0] == "M":
         return True
-    if any(low <= ord(character) < high for low, high in _UNSPACED) or ord(character) >= 0x20000:
+    if any(low <= ord(character) < high for low, high in UNSPACED) or ord(character) >= 0x20000:
         return False
     return not whole or _is_word(character)
 

@@ -49,6 +49,7 @@ class Answer:
             "finish_reason": self.finish_reason,
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_tokens": len(self.tokens),
+            **(self.prompt.retrieved.record() if self.prompt.retrieved is not None else {}),
         }
 
 

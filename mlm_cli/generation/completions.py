@@ -135,18 +135,18 @@ def prompts_of(body: CompletionRequest, asked: Asked) -> list[EncodedPrompt]:
     found: list[EncodedPrompt] = []
     for place, text in enumerate(texts):
         where = f"prompt {place}" if len(texts) > 1 else "prompt"
-        encoded = _encoded(text, where, asked)
+        encoded = _encoded(text, where, asked, body.max_tokens)
         # The number is what chance depends on beside the seed: the same for equal requests.
         found += [replace(encoded, prompt=replace(encoded.prompt, number=place * n + i)) for i in range(n)]
     return found
 
 
-def _encoded(given: Any, where: str, asked: Asked) -> EncodedPrompt:
+def _encoded(given: Any, where: str, asked: Asked, max_new_tokens: int | None) -> EncodedPrompt:
     if isinstance(given, str):
         context = asked.encoder.max_length
         if len(given) > _MOST_CHARACTERS * context:
             raise DataError(f"{where}: {len(given)} characters, and the model's context holds {context} tokens")
-        return asked.encoder.encode(Prompt(0, given, None, where))
+        return asked.encoder.encode(Prompt(0, given, None, where), max_new_tokens)
     if not given or min(given) < 0 or max(given) >= asked.vocab_size:
         raise DataError(f"{where}: ids from 0 to {asked.vocab_size - 1}, at least one, make a prompt")
     return asked.encoder.take(Prompt(0, "", None, where), given)

@@ -30,20 +30,31 @@ class PromptEncoder:
             raise DataError(f"tokenizer `{tokenizer.spec}` has no token that ends a text, which the encoder needs")
         self._frame = Frame(tokenizer, ends=ends)
 
-    def encode(self, prompt: Prompt) -> EncodedPrompt:
+    def ids(self, text: str) -> list[int]:
+        """A text between its affixes, as the model is given it; of any length."""
+        prefix, suffix = self._affixes
+        return list(self._frame.around(self._tokenizer.encode(f"{prefix}{text}{suffix}")))
+
+    def encode(self, prompt: Prompt, max_new_tokens: int | None = None) -> EncodedPrompt:
         """Ids of a prompt.
+
+        Args:
+            max_new_tokens: longest answer to this prompt, for encoders that put something before it.
 
         Raises:
             DataError: longer than the context, or empty with a tokenizer that has no token to begin with.
         """
-        prefix, suffix = self._affixes
-        tokens = self._frame.around(self._tokenizer.encode(f"{prefix}{prompt.text}{suffix}"))
+        tokens = self.ids(prompt.text)
         if not tokens:
             raise DataError(
                 f"{prompt.where}: an empty prompt, and the tokenizer has no token that begins a text",
                 hint="give at least one word",
             )
         return self.take(prompt, tokens)
+
+    def check(self, prompt: Prompt) -> None:
+        """Find out whether a prompt can be encoded. Raises: as ``encode``."""
+        self.encode(prompt)
 
     def take(self, prompt: Prompt, tokens: Sequence[int]) -> EncodedPrompt:
         """A prompt whose ids are known. Raises DataError: longer than the context."""

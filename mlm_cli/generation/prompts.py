@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlm_cli.errors import DataError
+from mlm_cli.generation.passages import Retrieved
 
 # A prompt line longer than this is no prompt; reading on would only fill the memory.
 _LONGEST_LINE = 16 << 20
@@ -25,6 +26,7 @@ class Prompt:
         id: given by the user, else ``number``.
         where: for messages: ``file:line`` or the like.
         fields: what else stood in the line, carried through to the answer.
+        retrieved: passages that the model is given before the text; None: there is no knowledge base.
     """
 
     number: int
@@ -32,6 +34,7 @@ class Prompt:
     id: Any
     where: str
     fields: dict[str, Any] = field(default_factory=dict)
+    retrieved: Retrieved | None = None
 
 
 def from_texts(texts: Iterable[str]) -> Iterator[Prompt]:

@@ -193,7 +193,9 @@ class _Run:
 
     def _choice(self, index: int, text: str, answer: Answer | None = None) -> dict[str, Any]:
         reason = None if answer is None else _FINISH[answer.finish_reason]
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+        retrieved = None if answer is None else answer.prompt.retrieved
+        found = {} if retrieved is None else retrieved.record()  # an addition to OpenAI's form
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, **found}
 
     def _usage(self, answers: list[Answer]) -> dict[str, int]:
         # A prompt with several answers is counted once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from mlm_cli.checkpoint import agree
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import check_weights
 from mlm_cli.checkpoint.resolve import resolve_best
-from mlm_cli.config.requests import HARNESS, WEIGHTLESS_TASKS, EvaluateRequest, check_tasks
+from mlm_cli.config.requests import HARNESS, RETRIEVAL, WEIGHTLESS_TASKS, EvaluateRequest, check_tasks
 from mlm_cli.evaluation.documents import open_documents
 from mlm_cli.evaluation.perplexity import perplexity_result, score_documents
 from mlm_cli.evaluation.results import TaskResult, results_document, results_table, write_results
 from mlm_cli.jobs import ensemble
 from mlm_cli.jobs.evaluate_bias import evaluate_bias
+from mlm_cli.jobs.evaluate_retrieval import evaluate_retrieval
 from mlm_cli.jobs.evaluate_task import evaluate_task
 from mlm_cli.jobs.evaluate_watermark import evaluate_watermark
 from mlm_cli.jobs.evaluate_zero_shot import check_harness, evaluate_zero_shot
@@ -51,9 +53,12 @@ def run(request: EvaluateRequest) -> int:
     env = distributed.init()
     try:
         parallel = ParallelContext.create(tensor=request.tensor, device=env.device)
-        members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in (request.model, *request.ensemble)})
-        if not set(names).issubset(WEIGHTLESS_TASKS):
-            agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
+        members = {request.model: Path(request.model)}
+        if request.retrieval is None:  # a retriever may have no model, and opens its own
+            named = (request.model, *request.ensemble)
+            members = agree.on_rank_zero(lambda: {name: resolve_best(name) for name in named})
+            if not set(names).issubset(WEIGHTLESS_TASKS):
+                agree.on_rank_zero(lambda: [check_weights(folder) for folder in members.values()])
         if harness := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
             agree.on_rank_zero(lambda: check_harness(harness, request.data))
         started, clock = time.time(), time.perf_counter()
@@ -85,6 +90,8 @@ def _score(
         return [evaluate_bias(task, request, folder, parallel, output=output)]
     if task == "watermark":
         return [evaluate_watermark(request, folder, output=output)]
+    if task == RETRIEVAL:
+        return [evaluate_retrieval(request, parallel, output=output)]
     if task in ("lambada", "ranked_choice") or task.startswith(HARNESS):
         return evaluate_zero_shot(tasks, request, folder, parallel, output=output)
     if task != "perplexity":

@@ -32,6 +32,7 @@ from mlm_cli.generation.provenance import Provenance
 from mlm_cli.generation.sampling import Sampling
 from mlm_cli.generation.service import Service
 from mlm_cli.generation.text_stream import text_stream
+from mlm_cli.jobs.knowledge import check_knowledge, grounded_encoder, tell_dropped, tell_sources
 from mlm_cli.jobs.serve import Web
 from mlm_cli.jobs.watermark import watermark_of
 from mlm_cli.models.model import Model
@@ -55,6 +56,7 @@ def run(request: GenerateRequest) -> int:
         CheckpointError: a model that cannot be used.
     """
     settings = _settings(request)
+    check_knowledge(request)
     env = distributed.init()
     try:
         if request.tensor != env.world_size:
@@ -121,9 +123,13 @@ def _lead(request: GenerateRequest, settings: Settings, folder: Path, parallel: 
         check_vocabulary(section, tokenizer, str(folder))
         settings = replace(settings, end_ids=end_ids(folder, tokenizer))
         affixes = prompt_affixes(config, section.family) if request.as_trained and not request.interactive else ("", "")
-        encoder = PromptEncoder(tokenizer, section.seq_length, ends=section.family == "t5", affixes=affixes)
-        prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         web = Web(request) if request.serve else None
+        ends = section.family == "t5"
+        if request.retrieval is not None:
+            encoder = grounded_encoder(request, tokenizer, section.seq_length, parallel, ends=ends, affixes=affixes)
+        else:
+            encoder = PromptEncoder(tokenizer, section.seq_length, ends=ends, affixes=affixes)
+        prompts = None if request.interactive or request.serve else _prompts(request, encoder)
         check_weights(folder)  # a flipped bit is no error to the reader, and words all the same
         decoder = _decoder(request, settings, folder, _load(request, folder, parallel))
         origin = _provenance(request, folder, decoder.model.dtype) if request.provenance else None
@@ -201,15 +207,15 @@ def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> 
 
 
 def _prompts(request: GenerateRequest, encoder: PromptEncoder) -> Iterable[EncodedPrompt]:
-    """What to answer. A prompts file is read and encoded once beforehand, so that a mistake in its last line costs no
+    """What to answer. A prompts file is read and checked once beforehand, so that a mistake in its last line costs no
     time; standard input can be read only once and is taken as it comes."""
     if request.prompts:
         return list(encoder.encode_all(prompt_sources.from_texts(request.prompts)))
     if request.prompts_file is None:
         return [encoder.encode(prompt_sources.from_text_stream(sys.stdin.buffer))]
     if request.prompts_file != "-":
-        for _ in encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file)):
-            pass
+        for prompt in prompt_sources.from_jsonl(request.prompts_file):
+            encoder.check(prompt)
     return encoder.encode_all(prompt_sources.from_jsonl(request.prompts_file))
 
 
@@ -226,15 +232,19 @@ def _answer_all(
         show: Callable[[Prompt, str], None] | None = writer.show if writer.streams else None
         answerer = make_answerer(decoder, settings, lambda: text_stream(tokenizer), show)
         begin = time.perf_counter()
-        num_answers = num_tokens = cut = 0
+        num_answers = num_tokens = cut = dropped = 0
         for answer in answerer.answers(prompts):
             writer.write(answer)
+            tell_sources(answer, request)
             num_answers += 1
+            dropped += bool(answer.prompt.retrieved and answer.prompt.retrieved.num_dropped)
             num_tokens += len(answer.tokens)
             cut += answer.finish_reason == "context"
     seconds = time.perf_counter() - begin
     if cut:
         log.warn(f"{cut} of {num_answers} answers end where the model's context of {decoder.max_length} tokens does")
+    if dropped:
+        tell_dropped(dropped, num_answers)
     answers = "1 answer" if num_answers == 1 else f"{num_answers} answers"
     log.info(f"{answers}, {num_tokens} tokens in {seconds:.1f} s ({num_tokens / max(seconds, 1e-9):.0f} tokens/s)")
 
