@@ -75,7 +75,14 @@ def test_two_ranks_are_preempted_and_go_on(tmp_path: Path, tiny_text: Path) -> N
     env = commands(tmp_path / "bin", f'exec {sys.executable} -m mlm_cli "$@"')
     env |= {"TASKS": "2", "OMP_NUM_THREADS": "1"}
     words = ["bash", str(SCRIPT), "debug/gpt", "tokenizer=bytes", f"data.path={tmp_path}/corpus", "evaluate.every=0"]
-    words += ["log.tensorboard=false", "log.every=1", "--output", str(tmp_path / "run"), "train.global_batch_size=8"]
+    words += [
+        "log.tensorboard=false",
+        "log.every=1",
+        "schedule.warmup_steps=0",
+        "--output",
+        str(tmp_path / "run"),
+        "train.global_batch_size=8",
+    ]
     job = subprocess.Popen(
         [*words, "train.steps=100000"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
