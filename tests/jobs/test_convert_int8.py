@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlm_cli import ops
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.checkpoint.manifest import find_damage, read_manifest
 from mlm_cli.cli.app import run as mlm
+from mlm_cli.jobs import generate
 from mlm_cli.parallel.context import ParallelContext
 from tests.generation.folders import save_folder
 
@@ -116,6 +118,35 @@ def test_wherever_a_model_is_named(source: tuple[str, Path], tmp_path: Path) -> 
         assert mlm([*command, "--quiet"]) == 0
         found[name] = json.loads((out / "results.json").read_text())["results"]
     assert found["small"] == found["plain"]
+
+
+def test_generation_keeps_int8(
+    source: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices stay int8 where the fused step reads them, and answers are those of what they stand for, any way."""
+    _, folder = source
+    assert convert(folder, tmp_path / "small", "--to", "mlm", "--dtype", "int8") == 0
+    assert convert(tmp_path / "small", tmp_path / "plain", "--to", "mlm", "--dtype", "fp32") == 0
+    held: list[torch.dtype] = []
+    real = generate.decoder_of
+
+    def watched(model: Any, *args: Any, **options: Any) -> Any:
+        decoder = real(model, *args, **options)
+        held.append(model.layers[1].mlp.up.weight.dtype)
+        return decoder
+
+    monkeypatch.setattr(generate, "decoder_of", watched)
+    ways: list[list[str]] = [[], ["generate.beams=3"], ["generate.contrastive_alpha=0.6", "--top-k", "4"]]
+    for way in ways:
+        answers = []
+        for name in ("small", "plain"):
+            capsys.readouterr()
+            command = ["generate", str(tmp_path / name), "--prompt", "The quick", "--max-new-tokens", "12", "--quiet"]
+            assert mlm([*command, *way, *([] if way else ["--temperature", "0"])]) == 0
+            answers.append(capsys.readouterr().out)
+        assert answers[0] == answers[1] and answers[0].strip()
+    fused = torch.int8 if ops.serves_decode_step(torch.float32, torch.device("cpu")) else torch.float32
+    assert held[::2] == [fused, fused, torch.float32] and held[1::2] == [torch.float32] * 3
 
 
 def test_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
