@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--size", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--vocab", type=int, default=8192, help="of random models, or fewer than the MODEL has")
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=192, help="of an answer to 32 tokens")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:

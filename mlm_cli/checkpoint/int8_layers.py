@@ -1,6 +1,7 @@
 """Which matrices of a model are written as int8, and how: those of attention and feed-forward layers.
 
-Embeddings, output layers, heads, norms and biases keep their type: they are few, and quality depends on them most.
+Embeddings, output layers, heads, norms and biases keep their type: quality depends on them most, and of a large model
+they are a small part.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def quantize_rows(matrix: Tensor, dtype: torch.dtype | None = None) -> tuple[Ten
 
 def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``code * scale`` in float32, then in ``dtype``. codes int8 ``[out, in]``, scales ``[out]`` -> ``[out, in]``."""
-    return torch.mul(codes, scales.float()[:, None]).to(dtype)
+    # One type a pass: on the CPU a product of int8 and float32 takes a third longer than both passes.
+    return codes.to(torch.float32).mul_(scales.float()[:, None]).to(dtype)
 
 
 def _at_least(wanted: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from mlm_cli.config.schema import ModelSection
 from mlm_cli.errors import CheckpointError, UsageError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
+from mlm_cli.ops import dequantize_rows, quantize_rows
 from mlm_cli.parallel.context import ParallelContext
 from mlm_cli.parallel.layers import ParallelLinear
 from tests.checkpoint.int8_in_slices import read
@@ -244,8 +245,9 @@ def test_other_kinds_are_refused_by_name(changes: dict[str, Any], words: str, tm
 
 
 def test_files_of_others(tmp_path: Path) -> None:
-    """A scale of another type, a matrix that is plain, defaults left out: all that is the format."""
-    save_model_folder(make("llama"), tmp_path, int8=True)
+    """A scale of another type, a matrix that is plain, an output layer that is int8, defaults left out."""
+    untied = make("llama untied")
+    save_model_folder(untied, tmp_path, int8=True)
     wanted = layers_of(load_model_folder(tmp_path, ONE)[0])
     config = json.loads((tmp_path / "config.json").read_text())
     entry = config["quantization_config"]
@@ -257,6 +259,8 @@ def test_files_of_others(tmp_path: Path) -> None:
     state[QUERY] = codes.float() * scales
     down = "model.layers.0.mlp.down_proj.weight_scale"
     state[down] = state[down].bfloat16().float().bfloat16()
+    head, head_scales = quantize_rows(state["lm_head.weight"])
+    state |= {"lm_head.weight": head, "lm_head.weight_scale": head_scales[:, None].contiguous()}
     save_file(state, tmp_path / "model.safetensors")
     for keep in (False, True):
         model, _ = load_model_folder(tmp_path, ONE, keep_int8=keep)
@@ -264,6 +268,7 @@ def test_files_of_others(tmp_path: Path) -> None:
             close = 2**-8 if name == "layers.0.mlp.down" else 0
             torch.testing.assert_close(layer.matrix(torch.float32), wanted[name].weight, rtol=close, atol=0)
             assert (layer.weight.dtype == torch.int8) == (keep and name != "layers.1.attention.qkv")
+        assert model.output_weight[: len(head)].equal(dequantize_rows(head, head_scales, torch.float32))
     save_model_folder(model, tmp_path / "again")
     mixed = load_file(tmp_path / "again" / "model.safetensors")
     assert mixed[QUERY].dtype == torch.float32 and mixed[down].dtype == torch.bfloat16

@@ -105,7 +105,7 @@ def test_what_has_no_place(source: tuple[str, Path], tmp_path: Path, capsys: pyt
 
 
 def test_wherever_a_model_is_named(source: tuple[str, Path], tmp_path: Path) -> None:
-    """Scored and gone on training from: int8 gives what the weights that it stands for give."""
+    """Scored, int8 gives what the weights that it stands for give; and training goes on from it as from them."""
     _, folder = source
     assert convert(folder, tmp_path / "small", "--to", "mlm", "--dtype", "int8") == 0
     assert convert(tmp_path / "small", tmp_path / "plain", "--to", "mlm", "--dtype", "fp32") == 0
@@ -118,6 +118,19 @@ def test_wherever_a_model_is_named(source: tuple[str, Path], tmp_path: Path) -> 
         assert mlm([*command, "--quiet"]) == 0
         found[name] = json.loads((out / "results.json").read_text())["results"]
     assert found["small"] == found["plain"]
+    for name in ("small", "plain"):
+        assert mlm(["preprocess", str(text), "--tokenizer", str(folder), "--output", str(tmp_path / name), "-q"]) == 0
+        section = load_model_folder(tmp_path / name / "model", ONE)[1].model_dump(mode="json", exclude_none=True)
+        recipe = {
+            "model": section, "tokenizer": str(folder), "data": {"path": f"{tmp_path / name}_text_document"},
+            "train": {"steps": 2, "micro_batch_size": 2, "global_batch_size": 2, "precision": "fp32"},
+            "init_from": str(tmp_path / name), "log": {"every": 1}, "output": str(tmp_path / f"{name}.run"),
+        }  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        assert mlm(["pretrain", str(tmp_path / "recipe.yaml"), "--quiet"]) == 0
+        lines = (tmp_path / f"{name}.run" / "metrics.jsonl").read_text().splitlines()
+        found[name] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert found["small"] == found["plain"] and len(found["small"]) == 2
 
 
 def test_generation_keeps_int8(
