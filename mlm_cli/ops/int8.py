@@ -1,7 +1,7 @@
 """Matrices as int8 with a scale a row: symmetric, rounded to nearest, no calibration.
 
-The weights' half of LLM.int8 (Dettmers et al. 2022, section 2.1, row-wise) and ZeroQuant (Yao et al. 2022, section
-4.1, at one group a row). Activations are left as they are.
+The weights' half of LLM.int8's vector-wise quantisation (Dettmers et al. 2022, section 3.1), and of ZeroQuant's by
+groups (Yao et al. 2022, section 4.1) at one group a row. Activations are left as they are.
 """
 
 from __future__ import annotations
