@@ -61,6 +61,12 @@ def prompt_ids(vocab: int) -> list[int]:
     return [(37 * i + 11) % vocab for i in range(PROMPT)]
 
 
+def peak_mb() -> float:
+    """The most memory this process has had (getrusage would count what its parent had when it was started)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
 def work_mlm(folder: str, vocab: int, beams: int) -> None:
     """The generator as the command runs it, down to the text; ids stand for text, as there is no tokenizer."""
     import torch
@@ -82,7 +88,7 @@ def work_mlm(folder: str, vocab: int, beams: int) -> None:
 
     _, config = read_model_config(Path(folder))
     dtype = torch.bfloat16 if config.values.get("dtype") == "bfloat16" else torch.float32
-    model, _ = load_model_folder(folder, ParallelContext.single(), dtype=dtype)
+    model, _ = load_model_folder(folder, ParallelContext.single(), dtype=dtype, keep_int8=True)
     decoder = decoder_of(model.eval(), 1, Settings(Sampling(temperature=0), beams=beams), start_id=None)
     prompt = EncodedPrompt(Prompt(0, "", 0, ""), prompt_ids(vocab))
 
@@ -90,7 +96,8 @@ def work_mlm(folder: str, vocab: int, beams: int) -> None:
         begin = time.process_time()
         answerer = make_answerer(decoder, Settings(Sampling(temperature=0), count, beams=beams), Ids)
         (answer,) = answerer.answers([prompt])
-        return {"tokens": answer.tokens, "processor": time.process_time() - begin}
+        spent = time.process_time() - begin
+        return {"tokens": answer.tokens, "processor": spent, "peak_mb": peak_mb()}
 
     work(16)
     serve(work)

@@ -58,12 +58,13 @@ STABLE_TORCH_LIBRARY(mlm, m) {
   m.def(
       "shared_all_gather_(Tensor(a!) out, Tensor x, Tensor(b!) segment, int rank, int size, float timeout) -> ()");
   // One token a row through a whole GPT; inference only. weights: word, position, final norm (2), head, then per layer
-  // norm1 (2), qkv (2), out (2), norm2 (2), up (2), down (2), each weight and bias, empty where there is none. cache: keys
-  // and values per layer, [slots, groups, capacity, dim], written to by each step. activation: 0 gelu, 1 gelu_erf,
+  // norm1 (2), qkv (2), out (2), norm2 (2), up (2), down (2), each weight and bias, empty where there is none. scales: per
+  // layer those of qkv, out, up, down, float32 [out], of a matrix that is int8, else empty. cache: keys and values per
+  // layer, [slots, groups, capacity, dim], written to by each step. activation: 0 gelu, 1 gelu_erf,
   // 2 swiglu. The plan is int64 notes of where all these are: whoever holds it must hold them too.
   m.def(
-      "decode_plan(Tensor[] weights, Tensor[] cache, Tensor? cos, Tensor? sin, int heads, int groups, int dim,"
-      " int vocab_size, int activation, bool rms, float eps) -> Tensor");
+      "decode_plan(Tensor[] weights, Tensor[] scales, Tensor[] cache, Tensor? cos, Tensor? sin, int heads, int groups,"
+      " int dim, int vocab_size, int activation, bool rms, float eps) -> Tensor");
   // -> float32 logits [b, vocab_size]
   m.def("decode_step(Tensor(a!) plan, Tensor tokens, Tensor positions) -> Tensor");
 }

@@ -14,9 +14,10 @@ namespace mlm {
 namespace {
 
 constexpr int64_t kMagic = 0x6d6c6d0d5e9a0001;
-constexpr int kFixed = 5, kPerLayer = 12;
+constexpr int kFixed = 5, kPerLayer = 12, kScales = 4;
 enum Fixed { kWord, kPosition, kFinal, kFinalBias, kHead };
 enum PerLayer { kNorm1, kNorm1Bias, kQkv, kQkvBias, kOut, kOutBias, kNorm2, kNorm2Bias, kUp, kUpBias, kDown, kDownBias };
+enum Scales { kQkvScale, kOutScale, kUpScale, kDownScale };
 enum Activations { kGelu = 0, kGeluErf = 1, kSwiglu = 2 };
 
 using Tensors = std::vector<Tensor>;
@@ -28,6 +29,7 @@ struct Shape {
 
 struct Layer {
   const void* weights[kPerLayer];  // null where there is none
+  const float* scales[kScales];    // of int8 matrices, null where a matrix is of the model's type
   void* keys;
   void* values;
 };
@@ -56,16 +58,26 @@ void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t colum
             kPlan, "`", name, "` must be packed, [", rows, ", ", columns, "] and ", dtype_name(like.scalar_type()));
 }
 
+// A matrix of the model's type, or int8 with a scale a row.
+void check_scaled(const char* name, const Tensor& t, const Tensor& scale, int64_t rows, int64_t columns, const Tensor& like) {
+  if (!scale.numel()) return check_matrix(name, t, rows, columns, like);
+  MLM_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() &&
+                t.scalar_type() == ScalarType::Char,
+            kPlan, "`", name, "` with scales must be packed, [", rows, ", ", columns, "] and int8");
+  MLM_CHECK(scale.dim() == 1 && scale.numel() == rows && scale.is_contiguous() && scale.scalar_type() == ScalarType::Float,
+            kPlan, "the scales of `", name, "` must be ", rows, " packed float32");
+}
+
 void check_optional(const char* name, const Tensor& t, int64_t size, const Tensor& like) {
   MLM_CHECK(t.numel() == 0 || (t.numel() == size && t.is_contiguous() && t.scalar_type() == like.scalar_type()), kPlan,
             "`", name, "` must have ", size, " elements of ", dtype_name(like.scalar_type()), " or none, got ", t.numel());
 }
 
-void check_layer(const Plan& p, const Tensor* w, const Tensor& like) {
-  check_matrix("qkv", w[kQkv], p.qkv_width(), p.hidden, like);
-  check_matrix("out", w[kOut], p.hidden, p.mixed_width(), like);
-  check_matrix("up", w[kUp], p.inner, p.hidden, like);
-  check_matrix("down", w[kDown], p.hidden, p.active_width(), like);
+void check_layer(const Plan& p, const Tensor* w, const Tensor* scales, const Tensor& like) {
+  check_scaled("qkv", w[kQkv], scales[kQkvScale], p.qkv_width(), p.hidden, like);
+  check_scaled("out", w[kOut], scales[kOutScale], p.hidden, p.mixed_width(), like);
+  check_scaled("up", w[kUp], scales[kUpScale], p.inner, p.hidden, like);
+  check_scaled("down", w[kDown], scales[kDownScale], p.hidden, p.active_width(), like);
   MLM_CHECK(w[kNorm1].numel() && w[kNorm2].numel(), kPlan, "a norm without a weight");
   for (int i : {kNorm1, kNorm1Bias, kOutBias, kNorm2, kNorm2Bias, kDownBias})
     check_optional("a vector of a layer", w[i], p.hidden, like);
@@ -91,10 +103,11 @@ void check_rotary(const Plan& p, const MaybeTensor& cos, const MaybeTensor& sin)
   }
 }
 
-Plan measure(const Tensors& weights, const Tensors& cache, const Shape& shape) {
+Plan measure(const Tensors& weights, const Tensors& scales, const Tensors& cache, const Shape& shape) {
   const int64_t count = static_cast<int64_t>(weights.size()), layers = (count - kFixed) / kPerLayer;
   MLM_CHECK(layers > 0 && count == kFixed + kPerLayer * layers && static_cast<int64_t>(cache.size()) == 2 * layers, kPlan,
             count, " weights and ", cache.size(), " caches");
+  MLM_CHECK(static_cast<int64_t>(scales.size()) == kScales * layers, kPlan, scales.size(), " scales for ", layers, " layers");
   MLM_CHECK(shape.heads > 0 && shape.groups > 0 && shape.dim > 0 && shape.heads % shape.groups == 0, kPlan, shape.heads,
             " heads in ", shape.groups, " groups");
   const Tensor &word = weights[kWord], &up = weights[kFixed + kUp];
@@ -118,9 +131,9 @@ Plan measure(const Tensors& weights, const Tensors& cache, const Shape& shape) {
 
 const void* optional_pointer(const Tensor& t) { return t.numel() ? pointer(t) : nullptr; }
 
-Tensor decode_plan(Tensors weights, Tensors cache, MaybeTensor cos, MaybeTensor sin, int64_t heads, int64_t groups,
-                   int64_t dim, int64_t vocab_size, int64_t activation, bool rms, double eps) {
-  Plan p = measure(weights, cache, {heads, groups, dim, vocab_size, activation, rms, eps});
+Tensor decode_plan(Tensors weights, Tensors scales, Tensors cache, MaybeTensor cos, MaybeTensor sin, int64_t heads,
+                   int64_t groups, int64_t dim, int64_t vocab_size, int64_t activation, bool rms, double eps) {
+  Plan p = measure(weights, scales, cache, {heads, groups, dim, vocab_size, activation, rms, eps});
   const Tensor& word = weights[kWord];
   check_matrix("word embedding", word, p.words, p.hidden, word);
   if (p.places) check_matrix("position embedding", weights[kPosition], p.places, p.hidden, word);
@@ -136,7 +149,9 @@ Tensor decode_plan(Tensors weights, Tensors cache, MaybeTensor cos, MaybeTensor 
   std::vector<Layer> notes(p.layers);
   for (int64_t i = 0; i < p.layers; ++i) {
     const Tensor* w = &weights[kFixed + kPerLayer * i];
-    check_layer(p, w, word);
+    check_layer(p, w, &scales[kScales * i], word);
+    for (int j = 0; j < kScales; ++j)
+      notes[i].scales[j] = static_cast<const float*>(optional_pointer(scales[kScales * i + j]));
     for (int j = 0; j < kPerLayer; ++j) notes[i].weights[j] = optional_pointer(w[j]);
     for (int j : {0, 1}) check_cache(p, cache[2 * i + j], word);
     notes[i].keys = pointer(cache[2 * i]);
@@ -184,10 +199,12 @@ void norm(Step& s, const void* weight, const void* bias) {
   s.wide.norm_forward(a, 0, s.rows);
 }
 
-// y [rows, out] (+)= x [rows, in] weight^T + bias
-void multiply(const Step& s, const void* weight, const void* bias, const float* x, int64_t in, float* y, int64_t out, bool add) {
+// y [rows, out] (+)= x [rows, in] weight^T + bias; with a scale weight is int8
+void multiply(const Step& s, const void* weight, const float* scale, const void* bias, const float* x, int64_t in, float* y,
+              int64_t out, bool add) {
   Product a{};
   a.weight = weight;
+  a.scale = scale;
   a.bias = bias;
   a.x = x;
   a.y = y;
@@ -197,7 +214,8 @@ void multiply(const Step& s, const void* weight, const void* bias, const float* 
   a.add = add;
   constexpr int64_t block = 16;
   torch::stable::parallel_for(0, (out + block - 1) / block, 1 + 32768 / (block * in), [&](int64_t begin, int64_t end) {
-    s.stored.product(a, begin * block, end * block < out ? end * block : out);
+    const auto product = scale ? s.stored.product_int8 : s.stored.product;
+    product(a, begin * block, end * block < out ? end * block : out);
   });
 }
 
@@ -261,14 +279,15 @@ void embed(Step& s, const int64_t* tokens) {
 void run_layer(Step& s, const Layer& layer) {
   const void* const* w = layer.weights;
   norm(s, w[kNorm1], w[kNorm1Bias]);
-  multiply(s, w[kQkv], w[kQkvBias], s.normed.data(), s.p.hidden, s.qkv.data(), s.p.qkv_width(), false);
+  multiply(s, w[kQkv], layer.scales[kQkvScale], w[kQkvBias], s.normed.data(), s.p.hidden, s.qkv.data(), s.p.qkv_width(), false);
   if (s.p.cos) rotate(s);
   attend(s, layer);
-  multiply(s, w[kOut], w[kOutBias], s.mixed.data(), s.p.mixed_width(), s.x.data(), s.p.hidden, true);
+  multiply(s, w[kOut], layer.scales[kOutScale], w[kOutBias], s.mixed.data(), s.p.mixed_width(), s.x.data(), s.p.hidden, true);
   norm(s, w[kNorm2], w[kNorm2Bias]);
-  multiply(s, w[kUp], w[kUpBias], s.normed.data(), s.p.hidden, s.inner.data(), s.p.inner, false);
+  multiply(s, w[kUp], layer.scales[kUpScale], w[kUpBias], s.normed.data(), s.p.hidden, s.inner.data(), s.p.inner, false);
   activate(s);
-  multiply(s, w[kDown], w[kDownBias], s.active.data(), s.p.active_width(), s.x.data(), s.p.hidden, true);
+  multiply(s, w[kDown], layer.scales[kDownScale], w[kDownBias], s.active.data(), s.p.active_width(), s.x.data(),
+           s.p.hidden, true);
 }
 
 Tensor decode_step(Tensor plan, Tensor tokens, Tensor positions) {
@@ -294,7 +313,7 @@ Tensor decode_step(Tensor plan, Tensor tokens, Tensor positions) {
   norm(s, p.fixed[kFinal], p.fixed[kFinalBias]);
   Tensor logits = new_tensor({rows, p.shape.vocab_size}, ScalarType::Float, plan);
   float* out = static_cast<float*>(pointer(logits));
-  multiply(s, p.fixed[kHead], nullptr, s.normed.data(), p.hidden, out, p.shape.vocab_size, false);
+  multiply(s, p.fixed[kHead], nullptr, nullptr, s.normed.data(), p.hidden, out, p.shape.vocab_size, false);
   return logits;
 }
 

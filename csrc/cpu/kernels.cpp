@@ -32,6 +32,8 @@ constexpr TypeKernels type_kernels(void (*adamw_kernel)(const AdamW&, int64_t, i
   // Sixteen-bit attention is left to the matrix units behind torch's own products.
   using Attention = void (*)(const IntervalAttention&, int64_t, int64_t);
   Attention attention_forward = nullptr, attention_backward = nullptr;
+  void (*product_int8)(const Product&, int64_t, int64_t) = nullptr;
+  if constexpr (sizeof(T) < sizeof(double)) product_int8 = product<int8_t, T, V>;
   if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
     attention_forward = interval_attention_forward<T, V>;
     attention_backward = interval_attention_backward<T, V>;
@@ -40,7 +42,7 @@ constexpr TypeKernels type_kernels(void (*adamw_kernel)(const AdamW&, int64_t, i
       norm_forward<T, V>,    norm_backward<T, V>,   softmax_forward<T, V>,     softmax_backward<T, V>,
       gelu_forward<T, V>,    gelu_backward<T, V>,   swiglu_forward<T, V>,      swiglu_backward<T, V>,
       cross_entropy_stats<T, V>, cross_entropy_grad<T, V>, adamw_kernel, widen<T, V>, sum_blocks<T, V>,
-      product<T, V>, decode_attention<T, V>, sum_parts<T, V>,
+      product<T, T, V>, product_int8, decode_attention<T, V>, sum_parts<T, V>,
       attention_forward, attention_backward,
   };
 }

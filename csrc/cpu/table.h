@@ -132,10 +132,11 @@ struct AdamW {
   float grad_scale;
 };
 
-// A few vectors times a matrix, as in decoding: y (+)= x weight^T + bias.
+// A few vectors times a matrix, as in decoding: y (+)= scale * (x weight^T) + bias.
 struct Product {
   const void* weight;  // [out or more, in]
-  const void* bias;    // dtype of weight, or null
+  const float* scale;  // [out] of an int8 weight, else null and 1
+  const void* bias;    // dtype of the model, or null
   const void* x;       // A[vectors, in]
   void* y;             // A[vectors, out]
   int64_t vectors;
@@ -211,6 +212,7 @@ struct TypeKernels {
   void (*widen)(const void* from, void* to, int64_t count);                    // dtype -> A
   void (*sum_blocks)(const void* from, void* to, int64_t blocks, int64_t width, int64_t begin, int64_t end);  // A -> dtype
   void (*product)(const Product&, int64_t begin, int64_t end);                    // outputs
+  void (*product_int8)(const Product&, int64_t begin, int64_t end);               // outputs; not for double
   void (*decode_attention)(const DecodeAttention&, int64_t begin, int64_t end);   // rows x groups
   void (*sum_parts)(const void* const* parts, int64_t count, void* to, int64_t length);  // in order, into dtype
   void (*interval_attention_forward)(const IntervalAttention&, int64_t begin, int64_t end);   // items; float and double

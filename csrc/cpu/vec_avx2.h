@@ -132,6 +132,21 @@ inline void stream(f16* p, Floats a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// --- int8, only read
+inline Floats widen_bytes(uint64_t bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes))))};
+}
+inline Floats load(const int8_t* p, Full) {
+  uint64_t bytes;
+  std::memcpy(&bytes, p, 8);
+  return widen_bytes(bytes);
+}
+inline Floats load(const int8_t* p, Tail t) {
+  uint64_t bytes = 0;
+  std::memcpy(&bytes, p, t.count);
+  return widen_bytes(bytes);
+}
+
 // --- bool mask: -inf where the byte is not zero
 inline Floats hide_bytes(Floats a, uint64_t bytes) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));

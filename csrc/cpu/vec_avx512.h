@@ -115,6 +115,11 @@ inline void store(f16* p, Floats a, Tag tag) {
 }
 inline void stream(f16* p, Floats a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(a)); }
 
+// --- int8, only read
+inline Floats widen_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
+inline Floats load(const int8_t* p, Full) { return widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Floats load(const int8_t* p, Tail t) { return widen_bytes(_mm_maskz_loadu_epi8(tail_mask(t), p)); }
+
 // --- bool mask: -inf where the byte is not zero
 inline Floats hide(Floats a, const uint8_t* mask, Full) {
   const __mmask16 m = _mm512_test_epi32_mask(

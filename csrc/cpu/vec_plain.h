@@ -64,6 +64,7 @@ inline Floats inside(Floats a, Tail t, float fill) {
 
 // --- scalar conversions
 inline float widen_one(float a) { return a; }
+inline float widen_one(int8_t a) { return a; }
 inline float widen_one(bf16 a) {
   const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
   float f;
@@ -115,6 +116,10 @@ template <class T>
 struct Stored {};
 template <>
 struct Stored<float> {
+  using yes = void;
+};
+template <>
+struct Stored<int8_t> {  // only read
   using yes = void;
 };
 template <>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from typing import Any
 
 import torch
 
-from mlm_cli.checkpoint import hub_read, megatron_read
+from mlm_cli.checkpoint import compressed_tensors, hub_read, megatron_read
 from mlm_cli.checkpoint.hub_read import TASK, trained_task
 from mlm_cli.checkpoint.hub_write import check_vocabulary
 from mlm_cli.checkpoint.manifest import MANIFEST, check_weights, read_manifest
 from mlm_cli.checkpoint.megatron_folder import MegatronFiles, is_megatron_folder, open_megatron
+from mlm_cli.checkpoint.model_card import restated
 from mlm_cli.checkpoint.pickled import repack_pickled
 from mlm_cli.checkpoint.resolve import resolve_best
 from mlm_cli.checkpoint.weight_files import read_json
@@ -42,7 +42,8 @@ class Source:
         shown: the folder, to tell the user.
         folder: where its files are read.
         layout: ``"megatron"``, ``"hf"`` or ``"mlm"`` (the Hugging Face layout as written here).
-        dtype: of the weights, as a ``config.json`` names it.
+        dtype: of the weights, as a ``config.json`` names it; where some are int8, of the others.
+        is_int8: the matrices of its layers are int8.
         tokenizer: None where there is none.
         step: where in training it was taken; None: not known.
         task_architecture: transformers' class, where it was fine-tuned to a task, whose head it has.
@@ -56,6 +57,7 @@ class Source:
     dtype: str
     tokenizer: Tokenizer | None
     step: int | None
+    is_int8: bool = False
     task_architecture: str | None = None
     megatron: MegatronFiles | None = None
 
@@ -64,17 +66,20 @@ class Source:
         """It has a task's head in place of its own."""
         return self.task_architecture is not None
 
-    def load(self, parallel: ParallelContext, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> Model:
-        """The model in memory.
+    def load(
+        self, parallel: ParallelContext, dtype: torch.dtype, on_bytes: Callable[[int], None], *, keep_int8: bool = False
+    ) -> Model:
+        """The model in memory; with ``keep_int8`` matrices that are int8 stay so.
 
         Raises:
             CheckpointError: naming the file and tensor that is missing, left over, of another shape or damaged.
         """
         if self.megatron is not None:
             return megatron_read.load_section(self.megatron, self.section, parallel, dtype=dtype, on_bytes=on_bytes)
-        return hub_read.load_model_folder(self.folder, parallel, dtype=dtype, on_bytes=on_bytes)[0]
+        options: dict[str, Any] = {"dtype": dtype, "on_bytes": on_bytes, "keep_int8": keep_int8}
+        return hub_read.load_model_folder(self.folder, parallel, **options)[0]
 
-    def carry_along(self, target: Path, dtype: torch.dtype) -> None:
+    def carry_along(self, target: Path) -> None:
         """Copy what describes the model and was not made anew: its card (licence, data) and settings of generation."""
         if self.megatron is not None:
             return
@@ -82,8 +87,9 @@ class Source:
             shutil.copyfile(self.folder / _GENERATION, target / _GENERATION)
         if (self.folder / _CARD).is_file():
             text = (self.folder / _CARD).read_text(encoding="utf-8", errors="replace")
-            now = str(dtype).removeprefix("torch.")
-            text = re.sub(r"^\| weights \| \w+ \|$", f"| weights | {now} |", text, flags=re.MULTILINE)
+            now = read_json(target / "config.json")
+            weights = compressed_tensors.shown(now["dtype"]) if compressed_tensors.KEY in now else now["dtype"]
+            text = restated(text, now["architectures"][0], now["model_type"], weights)
             (target / _CARD).write_text(text, encoding="utf-8")
         if not self.is_task:
             self._carry_entries(target / "config.json")
@@ -148,6 +154,7 @@ def open_source(
         dtype=str(dtype),
         tokenizer=words,
         step=read_manifest(found.parent).step if (found.parent / MANIFEST).is_file() else None,
+        is_int8=compressed_tensors.is_quantized(config),
         task_architecture=str(config.get("architectures", list)[0]) if is_task else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_bert, map_gpt2, map_llama, map_megatron_bert, map_own, map_t5
+from mlm_cli.checkpoint import compressed_tensors, map_bert, map_gpt2, map_llama, map_megatron_bert, map_own, map_t5
 from mlm_cli.checkpoint.key_map import ConfigReader, Entry, KeyMap
 from mlm_cli.checkpoint.weight_files import WeightFiles, read_json
 from mlm_cli.config.schema import ModelSection
@@ -19,7 +19,9 @@ from mlm_cli.config.shapes import check_slices, crossed_ramp, head_dim, num_deco
 from mlm_cli.errors import CheckpointError
 from mlm_cli.models.model import Model
 from mlm_cli.models.registry import build_model
+from mlm_cli.ops.int8 import dequantize_rows
 from mlm_cli.parallel.context import ParallelContext
+from mlm_cli.parallel.layers import ParallelLinear
 from mlm_cli.parallel.shard import full_shape, shard_of
 
 LAYOUTS = {layout.MODEL_TYPE: layout for layout in (map_gpt2, map_llama, map_bert, map_megatron_bert, map_t5, map_own)}
@@ -43,7 +45,7 @@ def read_model_config(folder: Path) -> tuple[ModelSection, ConfigReader]:
             f"{where}: unknown architecture {named[0] if isinstance(named, list) else named} (model_type `{kind}`)",
             hint=f"known model types: {', '.join(LAYOUTS)}",
         )
-    config.refuse_unless("quantization_config", lambda value: False, "quantised weights")
+    compressed_tensors.is_quantized(config)  # refuses other kinds
     section: ModelSection = LAYOUTS[kind].read_config(config)
     if head_dim(section) < 1:
         heads, width = section.num_attention_heads, section.hidden_size
@@ -61,6 +63,7 @@ def load_model_folder(
     device: torch.device | str | None = None,
     head: bool = True,
     changes: Mapping[str, Any] | None = None,
+    keep_int8: bool = False,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[Model, ModelSection]:
     """Build this rank's slice of the model in ``folder``; each rank reads only the bytes it holds.
@@ -74,6 +77,8 @@ def load_model_folder(
         changes: settings of the model section that weights do not depend on (dropout), instead of the folder's; also
             ``seq_length``: learned positions beyond those of the folder are copies of them, one after the other
             (Beltagy et al. 2020, section 5).
+        keep_int8: hold matrices that are int8 in the files as they are there (``ParallelLinear.hold_int8``), for
+            inference; unset: as the floating point that they stand for.
         on_bytes: told the bytes of each parameter filled.
 
     Raises:
@@ -106,8 +111,11 @@ def load_model_folder(
             shapes = build_model(section, meta, dtype=dtype, init=False, head=head)
         except RuntimeError as error:  # a size beyond what 64 bits count
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-        _check(shapes, files, layout, num_positions)
+        quantized = compressed_tensors.is_quantized(config)
+        _check(shapes, files, layout, num_positions, quantized)
         model = build_model(section, parallel, dtype=dtype, init=False, head=head)
+        if quantized and keep_int8:
+            _hold_int8(model, files, layout)
         _fill(model, files, layout, set() if head else head_tensors(config, files), num_positions, on_bytes)
     return model, section
 
@@ -142,12 +150,22 @@ def head_tensors(config: ConfigReader, files: WeightFiles) -> set[str]:
     return {name for name in files.names() if heads.fullmatch(name)}
 
 
-def _check(model: Model, files: WeightFiles, layout: KeyMap, num_positions: int) -> None:
+def _check(model: Model, files: WeightFiles, layout: KeyMap, num_positions: int, quantized: bool) -> None:
     """Refuse files that lack a tensor for one of the parameters of this rank, or hold it in another shape."""
     for name, param in model.named_parameters():
         if name == "embedding.position.weight":
             param = param.new_empty(num_positions, param.shape[1])
-        _check_parameter(param, layout.entries[name], files, layout, model.parallel.tensor.size)
+        _check_parameter(param, layout.entries[name], files, layout, model.parallel.tensor.size, quantized)
+
+
+def _hold_int8(model: Model, files: WeightFiles, layout: KeyMap) -> None:
+    """Make room for int8 in the layers whose matrices are int8 in the files, all parts of them."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, ParallelLinear):
+            found = [find(source, files, layout) for source in layout.entries[f"{prefix}.weight"].sources]
+            held = [name for name in found if name is not None and files.is_int8(name)]
+            if len(held) == len(found):
+                module.hold_int8(compressed_tensors.scale_dtype(files, held))
 
 
 def _fill(
@@ -156,18 +174,19 @@ def _fill(
 ) -> None:  # fmt: skip
     """Copy this rank's slices into the parameters, and account for every tensor of the files."""
     used = set(extra)
+    scales = {f"{name.removesuffix('weight_scale')}weight": scale for name, scale in model.named_buffers()}
     for name, param in model.named_parameters():
         if name == "embedding.position.weight" and param.shape[0] != num_positions:
             stored = param.new_empty(num_positions, param.shape[1])
             _read_parameter(stored, layout.entries[name], files, layout, model.parallel, used)
             param.data.copy_(stored[torch.arange(param.shape[0], device=stored.device) % num_positions])
             continue
-        _read_parameter(param, layout.entries[name], files, layout, model.parallel, used)
+        _read_parameter(param, layout.entries[name], files, layout, model.parallel, used, scales.get(name))
         if on_bytes is not None:
             on_bytes(param.numel() * param.element_size())
     if model.parallel.pipeline.size > 1:  # what other stages read is known too
         sources = [source for entry in layout.entries.values() for source in entry.sources]
-        used.update(found for source in sources if (found := find(source, files, layout)) is not None)
+        used.update(_found(sources, files, layout))
     for name, shape in layout.zeros.items():
         found = find(name, files, layout)
         if found is not None:
@@ -199,6 +218,16 @@ def find(name: str, files: WeightFiles, layout: KeyMap) -> str | None:
     return None
 
 
+def _found(sources: Iterable[str], files: WeightFiles, layout: KeyMap) -> Iterator[str]:
+    """Names under which the files hold some tensors, and their scales."""
+    for source in sources:
+        name = find(source, files, layout)
+        if name is not None:
+            yield name
+            if files.is_int8(name):
+                yield compressed_tensors.scale_name(name)
+
+
 def _widths(param: Tensor, entry: Entry, size: int) -> tuple[list[int], int, list[int]]:
     """Of the whole parameter: its shape, the dimension that is cut, and how wide each of its sources is there."""
     shard, shape = shard_of(param), list(full_shape(param, size))
@@ -209,26 +238,33 @@ def _widths(param: Tensor, entry: Entry, size: int) -> tuple[list[int], int, lis
     return shape, dim, widths
 
 
-def _check_parameter(param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, size: int) -> None:
+def _check_parameter(
+    param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, size: int, quantized: bool
+) -> None:
     shape, dim, widths = _widths(param, entry, size)
     for source, width in zip(entry.sources, widths, strict=True):
         found = find(source, files, layout)
         if found is None and source in layout.absent:
             continue
         outside = [*shape[:dim], width, *shape[dim + 1 :]]
-        files.check_shape(found or source, tuple(reversed(outside)) if entry.transposed else tuple(outside))
+        if quantized and len(outside) == 2 and not entry.transposed:
+            compressed_tensors.check_matrix(files, found or source, tuple(outside))
+        else:
+            files.check_shape(found or source, tuple(reversed(outside)) if entry.transposed else tuple(outside))
 
 
 @torch.no_grad()
 def _read_parameter(
-    param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, parallel: ParallelContext, used: set[str]
-) -> None:
-    """Fill one parameter, range by range, from the one or more tensors it is made of."""
+    param: Tensor, entry: Entry, files: WeightFiles, layout: KeyMap, parallel: ParallelContext, used: set[str],
+    scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill one parameter, and its ``scale`` where it is held as int8, range by range, from the one or more tensors it
+    is made of."""
     rank, size, shard = parallel.tensor.rank, parallel.tensor.size, shard_of(param)
     shape, dim, widths = _widths(param, entry, size)
     ranges = shard.ranges(shape[dim], rank, size) if shard is not None else [(0, shape[0])]
     begins = [sum(widths[:i]) for i in range(len(widths))]
-    used.update(found for source in entry.sources if (found := find(source, files, layout)) is not None)
+    used.update(_found(entry.sources, files, layout))
     param.zero_()
     offset = 0
     for start, stop in ranges:
@@ -239,5 +275,11 @@ def _read_parameter(
             whole = last - first == widths[source]
             outside_dim = 1 - dim if entry.transposed else dim
             values = files.read(found) if whole else files.read(found, outside_dim, first, last)
+            if files.is_int8(found):  # its scales belong to its rows, of which a slice of columns has all
+                rows = compressed_tensors.read_scales(files, found, *((first, last) if dim == 0 else ()))
+                if scale is None:
+                    values = dequantize_rows(values, rows, param.dtype)
+                else:
+                    (scale.narrow(0, offset, last - first) if dim == 0 else scale).copy_(rows)
             param.narrow(dim, offset, last - first).copy_(values.t() if entry.transposed else values)
         offset += stop - start

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlm_cli.checkpoint import map_own
+from mlm_cli.checkpoint import compressed_tensors, map_own
 from mlm_cli.checkpoint.hub_read import LAYOUTS
+from mlm_cli.checkpoint.int8_layers import Int8Layers
 from mlm_cli.checkpoint.key_map import Entry, KeyMap, kept_settings
 from mlm_cli.checkpoint.manifest import FileRecord
 from mlm_cli.checkpoint.model_card import model_card
@@ -57,6 +58,7 @@ def save_model_folder(
     meta: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    int8: bool = False,
     head: Head | None = None,
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 << 30,
@@ -74,6 +76,8 @@ def save_model_folder(
         meta: facts for the model card (``data``, ``steps``, ``tokens``, ``loss``, ...).
         weights: slices to write instead of the model's own, by full parameter name (float32 masters).
         dtype: of the files; unset: that of the weights.
+        int8: the matrices of the layers become int8 with scales (``int8_layers``); those that the model holds so
+            already stay as they are in any case.
         head: of a task, where the model was built without one of its own.
         config: further entries for ``config.json``.
         max_shard_bytes: files grow no larger; more than one get an index.
@@ -92,7 +96,8 @@ def save_model_folder(
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer)
     assert head is None or model.head is None, "a task's head stands in place of the model's own"
-    layout = LAYOUTS[hub_layout(model.config)]
+    layers = Int8Layers.of(model, wanted=int8)
+    layout = LAYOUTS[layers.layout if layers is not None else hub_layout(model.config)]
     if model.parallel.replicas.rank != 0:
         return {}
     tensor, pipeline = model.parallel.tensor, model.parallel.pipeline
@@ -101,7 +106,7 @@ def save_model_folder(
     prefix = getattr(layout, "TASK_PREFIX", {}).get(head.architecture if head is not None else None)
     if prefix:
         key_map = key_map.with_prefix(prefix)
-    jobs = _jobs(model, key_map, weights, dtype, head)
+    jobs = _jobs(model, key_map, weights, dtype, head, layers)
     live = [*model.parameters(), *(weights or {}).values(), *(head.tensors.values() if head else ())]
     shares = share_out(jobs, tensor, pipeline, max_shard_bytes)
     for file in shares.files:
@@ -114,7 +119,8 @@ def save_model_folder(
     if tensor.rank == 0 and pipeline.rank == 0:
         out_dtype = dtype or _dtype_of(model, weights)
         writer.add(lambda: _write_index(Path(folder), shares))
-        writer.add(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head, config))
+        further = {**(layers.config_entry(key_map, layout) if layers is not None else {}), **(config or {})}
+        writer.add(lambda: _write_texts(Path(folder), model, layout, tokenizer, meta or {}, out_dtype, head, further))
     writer.finish()
     return writer.records
 
@@ -128,12 +134,17 @@ def check_vocabulary(model: ModelSection, tokenizer: Tokenizer, where: str = "th
         )
 
 
-def refuse_inexpressible(model: ModelSection) -> None:
+def refuse_inexpressible(model: ModelSection, *, int8: bool = False) -> None:
     """Raise unless transformers, given the folder alone, computes what we do.
 
     Raises:
         UsageError: naming what it has no architecture for.
     """
+    if int8 and Int8Layers.layout_of(model) != hub_layout(model):
+        raise UsageError(
+            "transformers reads int8 for linear layers only, and a GPT-2 has none (its Conv1D modules are transposed)",
+            hint="`--to mlm` keeps int8 weights, for `mlm` alone; `--to hf --dtype bf16` is for transformers",
+        )
     if hub_layout(model) == map_own.MODEL_TYPE:
         raise UsageError(
             f"no architecture of transformers holds this model: a mixture of experts (model.experts: {model.experts})",
@@ -148,8 +159,9 @@ def refuse_inexpressible(model: ModelSection) -> None:
 
 
 def _jobs(
-    model: Model, key_map: KeyMap, weights: Mapping[str, Tensor] | None, dtype: torch.dtype | None, head: Head | None
-) -> list[Job]:
+    model: Model, key_map: KeyMap, weights: Mapping[str, Tensor] | None, dtype: torch.dtype | None, head: Head | None,
+    layers: Int8Layers | None,
+) -> list[Job]:  # fmt: skip
     jobs = []
     for name, param in model.named_parameters():
         if name in model.copies:
@@ -157,6 +169,9 @@ def _jobs(
         local = weights[name] if weights is not None else param.detach()
         kind = dtype or local.dtype
         entry = key_map.entries[name]
+        if layers is not None and name in layers:
+            jobs.append(layers.job(name, local, entry, dtype or _dtype_of(model, weights)))
+            continue
         sizes = _sizes(param, entry, kind, model.parallel.tensor.size)
         jobs.append(Job(sizes, _maker(local, param, entry, kind, model.parallel)))
     default = dtype or _dtype_of(model, weights)
@@ -266,7 +281,7 @@ def _write_texts(
     meta: Mapping[str, Any],
     dtype: torch.dtype,
     head: Head | None,
-    further: Mapping[str, Any] | None,
+    further: Mapping[str, Any],
 ) -> None:
     """Everything beside the weights: configs, tokenizer, model card."""
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -287,11 +302,14 @@ def _write_texts(
         **ids,
         "mlm": kept_settings(model.config),
         **(head.config if head is not None else {}),
-        **(further or {}),
+        **further,
     }
     _write_json(folder / "config.json", config)
     if head is None and model.config.family != "bert":
         _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
     extra = sum(tensor.numel() for tensor in head.tensors.values()) if head is not None else None
-    card = model_card(model.config, architecture, _DTYPE_NAMES[dtype], meta, head_parameters=extra)
+    weights = _DTYPE_NAMES[dtype]
+    if compressed_tensors.KEY in further:
+        weights = compressed_tensors.shown(weights)
+    card = model_card(model.config, architecture, weights, meta, layout=layout.MODEL_TYPE, head_parameters=extra)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ _STYLE = {
     "mlm": "mixture-of-experts",
 }
 _KIND = {"gpt": "causal language model", "bert": "masked language model", "t5": "encoder-decoder"}
+_OPENS = re.compile(r"Opens (as `\w+` in `transformers`, and )?wherever `mlm` takes a MODEL of its kind\.")
 _PIPELINE = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 
 
@@ -32,14 +34,16 @@ _TASKS = {
 
 
 def model_card(
-    model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any], *, head_parameters: int | None = None
-) -> str:
+    model: ModelSection, architecture: str, dtype: str, meta: Mapping[str, Any], *, layout: str | None = None,
+    head_parameters: int | None = None,
+) -> str:  # fmt: skip
     """Markdown with the Hub's front matter.
 
     Args:
         architecture: transformers' class name.
         dtype: of the weights.
         meta: training facts, shown as they are; ``name`` becomes the title.
+        layout: ``model_type`` of the folder; unset: that of the model.
         head_parameters: of a task's head, which stands in place of the model's own; None: it has its own.
     """
     kind, pipeline = _KIND[model.family], _PIPELINE[model.family]
@@ -58,8 +62,7 @@ def model_card(
         "weights": dtype,
     }
     facts = {key: value for key, value in meta.items() if key != "name" and value is not None}
-    layout = hub_layout(model)
-    outside = "" if layout == "mlm" else f"as `{architecture}` in `transformers`, and "
+    style = hub_layout(model)
     lines = [
         "---",
         "library_name: transformers",
@@ -70,7 +73,7 @@ def model_card(
         "",
         f"# {meta.get('name', 'A model trained with mlm')}",
         "",
-        f"A {_STYLE[layout]} {kind}. Opens {outside}wherever `mlm` takes a MODEL of its kind.",
+        f"A {_STYLE[style]} {kind}. {_opens(layout or style, architecture)}",
         "",
         "## The model",
         "",
@@ -90,6 +93,18 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def restated(card: str, architecture: str, layout: str, dtype: str) -> str:
+    """A card of ours for the same model in another form: the type of its weights and what opens it, as of now."""
+    # Functions, so that nothing in the new words is taken for a reference to a group.
+    card = re.sub(r"^\| weights \| [^|\n]+ \|$", lambda _: f"| weights | {dtype} |", card, flags=re.MULTILINE)
+    return re.sub(_OPENS, lambda _: _opens(layout, architecture), card)
+
+
+def _opens(layout: str, architecture: str) -> str:
+    outside = "" if layout == "mlm" else f"as `{architecture}` in `transformers`, and "
+    return f"Opens {outside}wherever `mlm` takes a MODEL of its kind."
 
 
 def _sparse_limit(model: ModelSection) -> list[str]:

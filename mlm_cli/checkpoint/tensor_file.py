@@ -31,6 +31,7 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
 }

@@ -111,8 +111,12 @@ class WeightFiles:
         """Elements of a tensor."""
         return math.prod(self._files[self._of[name]].get_slice(name).get_shape())
 
-    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise unless tensor ``name`` is there as floating point with this shape."""
+    def is_int8(self, name: str) -> bool:
+        """Whether a tensor that is there has 8-bit integers."""
+        return bool(self._files[self._of[name]].get_slice(name).get_dtype() == "I8")
+
+    def check_shape(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = _FLOATS) -> None:
+        """Raise unless tensor ``name`` is there with this shape and one of ``dtypes``, unset: floating point."""
         if name not in self._of:
             raise CheckpointError(f"{self.file_of(name)}: tensor {name} is missing")
         view = self._files[self._of[name]].get_slice(name)
@@ -121,9 +125,9 @@ class WeightFiles:
             raise CheckpointError(
                 f"{self.file_of(name)}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
             )
-        if view.get_dtype() not in _FLOATS:
+        if view.get_dtype() not in dtypes:
             raise CheckpointError(
-                f"{self.file_of(name)}: tensor {name} has type {view.get_dtype()}, not one of {', '.join(_FLOATS)}"
+                f"{self.file_of(name)}: tensor {name} has type {view.get_dtype()}, not one of {', '.join(dtypes)}"
             )
 
     def read(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> Tensor:

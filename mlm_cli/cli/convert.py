@@ -15,7 +15,8 @@ SourceArgument = Annotated[str | None, typer.Argument(metavar="SRC", hidden=True
 TargetArgument = Annotated[str | None, typer.Argument(metavar="DST", hidden=True)]
 ToFlag = Annotated[Literal["hf", "megatron", "mlm"] | None, typer.Option("--to", help="Layout of DST.")]
 DtypeFlag = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--dtype", help="Of the weights in DST; auto: as in SRC.")
+    Literal["auto", "fp32", "bf16", "fp16", "int8"],
+    typer.Option("--dtype", help="Of the weights in DST; auto: as in SRC. int8: the layers' matrices."),
 ]
 TensorFlag = Annotated[int | None, typer.Option("--tensor", min=1, metavar="N", help="megatron: tensor ranks.")]
 PipelineFlag = Annotated[int | None, typer.Option("--pipeline", min=1, metavar="N", help="megatron: stages.")]
@@ -59,6 +60,7 @@ def convert(
     \b
     Examples:
       mlm convert runs/gpt exported --to hf --dtype bf16
+      mlm convert runs/gpt small --to mlm --dtype int8
       mlm convert openai-community/gpt2 megatron/gpt2 --to megatron --tensor 2 --pipeline 2
       mlm convert megatron/gpt2 gpt2 --to hf
       mlm convert release/ old --to mlm --tokenizer gpt2/ model.num_attention_heads=16

@@ -17,6 +17,8 @@ from mlm_cli.generation.slots import Slots
 from mlm_cli.generation.step_plan import StepPlan
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.info import build_info
+from mlm_cli.models.model import Model
+from mlm_cli.parallel.layers import ParallelLinear
 
 _END, _EXTEND, _STEP, _DROP, _ARRANGE, _REST = range(6)
 
@@ -27,7 +29,8 @@ class Decoder:
     The rows in use are 0 .. ``used - 1``. Gradients are never recorded.
 
     Args:
-        model: in eval mode.
+        model: in eval mode. Matrices that it holds as int8 stay so where the fused step reads them; elsewhere they are
+            turned into the floating point they stand for, here and once, as the layers would at every token.
         num_slots: texts at once.
         max_length: tokens a text may have; unset: the model's context.
         fused: use the fused decoding step where there is one for this model.
@@ -53,6 +56,8 @@ class Decoder:
         self.num_slots = num_slots
         self._slots = Slots(model, num_slots, self.max_length)
         self._plan = StepPlan.of(model, self.max_length) if fused and not keep_states else None
+        if self._plan is None:
+            _hold_floats(model)
         self._keep_states = keep_states
         self.states = torch.empty(0)
 
@@ -184,3 +189,9 @@ class Decoder:
         for layer, cache in zip(model.layers, slots.layers, strict=True):
             x = layer(x, info, cache)
         return model.final_norm(x)
+
+
+def _hold_floats(model: Model) -> None:
+    for module in model.modules():
+        if isinstance(module, ParallelLinear):
+            module.hold_floats(model.dtype)

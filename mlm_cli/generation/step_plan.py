@@ -38,8 +38,9 @@ class StepPlan:
         config, block = model.config, model.layers[0]
         assert isinstance(block, Block)
         first = block.attention
-        self._weights = _weights(model)
-        self.most_rows = _most_rows(model.dtype)
+        self._weights, self._scales = _weights(model), _scales(model)
+        is_int8 = any(scale.numel() for scale in self._scales)  # else the layers would make every matrix at every token
+        self.most_rows = 64 if is_int8 else _most_rows(model.dtype)
         self._step: ops.DecodeStep | None = None
         self._cache: list[Tensor] = []
         self._rotary: tuple[Tensor, Tensor] | None = None
@@ -77,7 +78,7 @@ class StepPlan:
         """After ``slots.begin_step()``: tokens [b] -> float32 logits [b, vocab_size]; keys and values are stored."""
         if self._step is None or self._cache is not slots.tensors:  # the cache has grown
             self._cache = slots.tensors
-            self._step = ops.DecodeStep(self._weights, self._cache, self._rotary, **self._shape)
+            self._step = ops.DecodeStep(self._weights, self._scales, self._cache, self._rotary, **self._shape)
         return self._step(tokens, slots.positions)
 
 
@@ -110,4 +111,15 @@ def _weights(model: GPT) -> list[Tensor]:
         attention, mlp = layer.attention, layer.mlp
         for module in (layer.norm1, attention.qkv, attention.out, layer.norm2, mlp.up, mlp.down):
             found += pair(module)
+    return found
+
+
+def _scales(model: GPT) -> list[Tensor]:
+    """Scales of the matrices that are int8, in the order of a layer's matrices."""
+    found = []
+    for layer in model.layers:
+        assert isinstance(layer, Block) and isinstance(layer.mlp, MLP)
+        for module in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down):
+            scale = module.weight_scale
+            found.append(torch.empty(0) if scale is None else scale.float().contiguous())
     return found

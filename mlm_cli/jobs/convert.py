@@ -19,6 +19,7 @@ from mlm_cli.checkpoint.convert_source import Source, open_source
 from mlm_cli.checkpoint.folder import check_free_space, fsync_path
 from mlm_cli.checkpoint.hub import save_model_folder
 from mlm_cli.checkpoint.hub_read import LAYOUTS, head_tensors, read_model_config
+from mlm_cli.checkpoint.int8_layers import Int8Layers, count_int8
 from mlm_cli.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files
 from mlm_cli.checkpoint.megatron_write import check_layout, save_megatron_folder
 from mlm_cli.checkpoint.save import versions
@@ -63,7 +64,7 @@ def plan(request: ConvertRequest) -> dict[str, Any]:
     """
     _check_target(request)
     with open_source_of(request, None) as source:
-        return _describe(request, source, _dtype(request, source))
+        return _describe(request, source, _form(request, source))
 
 
 def run(request: ConvertRequest) -> dict[str, Any]:
@@ -76,14 +77,16 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     """
     begun, target = time.monotonic(), _check_target(request)
     with _scratch(target) as scratch, open_source_of(request, scratch) as source:
-        dtype = _dtype(request, source)
-        report = _describe(request, source, dtype)
-        total = report["parameters"] * dtype.itemsize
-        check_free_space(target.parent, total * (2 if request.from_pickle else 1), f"{target}")
+        form = _form(request, source)
+        report = _describe(request, source, form)
+        floats = report["parameters"] * form.dtype.itemsize
+        of_int8 = count_int8(source.section) * (form.dtype.itemsize - 1) if form.is_int8 or source.is_int8 else 0
+        written = floats - of_int8 * form.is_int8
+        check_free_space(target.parent, written * (2 if request.from_pickle else 1), f"{target}")
         building = scratch / "built"
         building.mkdir()
-        with ByteProgress("converting", 2 * total) as progress:
-            report |= _write(request, source, building, dtype, _counter(progress))
+        with ByteProgress("converting", written + floats - of_int8 * form.keeps_int8) as progress:
+            report |= _write(request, source, building, form, _counter(progress))
         _sync(building)
         building.chmod(0o755)
         _check_target(request)  # somebody else may have been faster
@@ -129,18 +132,42 @@ def _scratch(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _dtype(request: ConvertRequest, source: Source) -> torch.dtype:
+@dataclass(frozen=True)
+class _Form:
+    """Types of the weights in the target.
+
+    Attributes:
+        dtype: of all that is not int8.
+        makes_int8: the matrices of the layers become int8.
+        keeps_int8: those that are int8 in the source stay as they are.
+    """
+
+    dtype: torch.dtype
+    makes_int8: bool = False
+    keeps_int8: bool = False
+
+    @property
+    def is_int8(self) -> bool:
+        return self.makes_int8 or self.keeps_int8
+
+
+def _form(request: ConvertRequest, source: Source) -> _Form:
     """``auto``: as in the source, float32 where it does not say."""
-    return _DTYPES.get(request.dtype) or _STORED.get(source.dtype, torch.float32)
+    stored = _STORED.get(source.dtype, torch.float32)
+    if request.dtype in _DTYPES:
+        return _Form(_DTYPES[request.dtype])
+    return _Form(stored, makes_int8=request.dtype == "int8", keeps_int8=source.is_int8)
 
 
-def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> dict[str, Any]:
+def _describe(request: ConvertRequest, source: Source, form: _Form) -> dict[str, Any]:
     """The report's part that is known beforehand; what the target cannot hold is refused here."""
     section = source.section
     is_task = source.is_task
     architecture: str | None = None
     if request.to == "hf":
-        hub_write.refuse_inexpressible(section)
+        hub_write.refuse_inexpressible(section, int8=form.is_int8)
+    if form.is_int8:
+        _check_int8(request, source)
     if request.to == "megatron":
         if is_task:
             raise UsageError(
@@ -149,7 +176,8 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
             )
         check_layout(section, tensor=request.tensor, pipeline=request.pipeline, version=request.checkpoint_version)
     else:
-        architecture = source.task_architecture or LAYOUTS[hub_layout(section)].architecture(section)
+        layout = Int8Layers.layout_of(section) if form.is_int8 else hub_layout(section)
+        architecture = source.task_architecture or LAYOUTS[layout].architecture(section)
     exact = section.model_copy(update={"make_vocab_size_divisible_by": 1})
     return {
         "source": str(source.shown),
@@ -158,7 +186,7 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
         "to": request.to,
         "architecture": architecture,
         "task": is_task,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "int8" if form.is_int8 else str(form.dtype).removeprefix("torch."),
         "parameters": _task_parameters(source, exact) if is_task else count_parameters(exact),
         "vocab_size": section.vocab_size,
         "tokenizer": source.tokenizer.fingerprint if source.tokenizer is not None else None,
@@ -175,6 +203,22 @@ def _describe(request: ConvertRequest, source: Source, dtype: torch.dtype) -> di
     }
 
 
+def _check_int8(request: ConvertRequest, source: Source) -> None:
+    """Raise where int8 has no place in the target.
+
+    Raises:
+        UsageError: saying what to do instead.
+    """
+    floats = "`--dtype bf16` or fp32 writes the weights that int8 stands for"
+    if request.to == "megatron":
+        raise UsageError("Megatron's classic layout has no place for int8 weights", hint=floats)
+    if source.is_task and Int8Layers.layout_of(source.section) != hub_layout(source.section):
+        raise UsageError(
+            f"{request.source} was fine-tuned to a task, and int8 of this architecture is for language models only",
+            hint=floats,
+        )
+
+
 def _task_parameters(source: Source, section: ModelSection) -> int:
     """Parameters of a model with a task's head in place of its own; ``section`` without padding rows."""
     _, config = read_model_config(source.folder)
@@ -184,7 +228,7 @@ def _task_parameters(source: Source, section: ModelSection) -> int:
 
 
 def _write(
-    request: ConvertRequest, source: Source, building: Path, dtype: torch.dtype, on_bytes: Callable[[int], None]
+    request: ConvertRequest, source: Source, building: Path, form: _Form, on_bytes: Callable[[int], None]
 ) -> dict[str, Any]:
     """Read the weights and write them; returns what the report gains by it."""
     one = ParallelContext.single()
@@ -205,10 +249,11 @@ def _write(
                 f"{request.source} was fine-tuned to a task and has no tokenizer", hint="name one with --tokenizer"
             )
         task = task_of(source.folder, source.tokenizer)
-        save_task_model(load_task_model(source.folder, one, task.head, dtype=dtype), task, inner, meta=meta)
+        tuned = load_task_model(source.folder, one, task.head, dtype=form.dtype, keep_int8=form.keeps_int8)
+        save_task_model(tuned, task, inner, meta=meta, int8=form.makes_int8)
     elif request.to == "megatron":
         command = save_megatron_folder(
-            source.load(one, dtype, on_bytes),
+            source.load(one, form.dtype, on_bytes),
             building,
             source.tokenizer,
             tensor=request.tensor,
@@ -219,9 +264,9 @@ def _write(
         )
         return {"megatron_options": command}
     else:
-        model = source.load(one, dtype, on_bytes)
-        save_model_folder(model, inner, source.tokenizer, meta=meta, on_bytes=on_bytes)
-    source.carry_along(inner, dtype)
+        model = source.load(one, form.dtype, on_bytes, keep_int8=form.keeps_int8)
+        save_model_folder(model, inner, source.tokenizer, meta=meta, int8=form.makes_int8, on_bytes=on_bytes)
+    source.carry_along(inner)
     if request.to == "mlm":
         _write_manifest(building, source.step)
     return {}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlm_cli import __version__, distributed, log
+from mlm_cli.checkpoint.compressed_tensors import is_quantized
 from mlm_cli.checkpoint.fingerprint import weights_fingerprint
 from mlm_cli.checkpoint.hub import check_vocabulary, load_model_folder, read_model_config, resolve_model
 from mlm_cli.checkpoint.manifest import check_weights
@@ -196,13 +197,13 @@ def _decoder(request: GenerateRequest, settings: Settings, folder: Path, model: 
 
 
 def _load(request: GenerateRequest, folder: Path, parallel: ParallelContext) -> Model:
-    """The model in the precision asked for; ``auto`` is that of the files."""
-    dtype = _DTYPES.get(request.precision)
+    """The model in the precision asked for; ``auto`` is that of the files. Matrices that are int8 there stay int8."""
+    dtype, (_, config) = _DTYPES.get(request.precision), read_model_config(folder)
     if dtype is None:
-        _, config = read_model_config(folder)
         stored = config.values.get("dtype") or config.values.get("torch_dtype")
         dtype = _STORED.get(str(stored), torch.float32)
-    model, _ = load_model_folder(folder, parallel, dtype=dtype)
+    options = {"keep_int8": True} if is_quantized(config) else {}
+    model, _ = load_model_folder(folder, parallel, dtype=dtype, **options)
     return model.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ from mlm_cli.ops.collective import serves_shared_memory, shared_all_gather_, sha
 from mlm_cli.ops.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from mlm_cli.ops.decode import DecodeStep, serves_decode_step
 from mlm_cli.ops.flex import flex_sparse_attention, serves_flex
+from mlm_cli.ops.int8 import dequantize_rows, quantize_rows
 from mlm_cli.ops.intervals import FEWEST_QUERIES, interval_attention, pays_over_dense, runs_of_keys, serves_intervals
 from mlm_cli.ops.norm import layer_norm, residual_norm, rms_norm
 from mlm_cli.ops.optimizer import adamw_
@@ -33,10 +34,12 @@ __all__ = [
     "bias_gelu_erf",
     "cross_entropy_grad_",
     "cross_entropy_stats",
+    "dequantize_rows",
     "flex_sparse_attention",
     "interval_attention",
     "layer_norm",
     "pays_over_dense",
+    "quantize_rows",
     "residual_norm",
     "rms_norm",
     "runs_of_keys",

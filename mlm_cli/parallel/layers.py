@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_cli.ops.int8 import dequantize_rows
 from mlm_cli.parallel.context import SOLO, Group
 from mlm_cli.parallel.linear import linear
 from mlm_cli.parallel.mappings import copy_to_group, reduce_from_group
@@ -34,7 +35,41 @@ def new_parameter(
     return param
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
+    """What sliced linear layers share: a matrix that may be held as int8, to be read and not to be trained.
+
+    Attributes:
+        weight: this rank's slice ``[out, in]``.
+        weight_scale: ``[out]``, where ``weight`` is int8: what each row is multiplied with; else None.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight_scale", None, persistent=False)
+
+    def hold_int8(self, scale_dtype: torch.dtype) -> None:
+        """Put int8 and scales, both unfilled, in the place of the weight."""
+        shape, device = self.weight.shape, self.weight.device
+        codes = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
+        codes.shard = self.weight.shard  # type: ignore[attr-defined]
+        self.weight = codes
+        self.weight_scale = torch.empty(shape[0], dtype=scale_dtype, device=device)
+
+    def hold_floats(self, dtype: torch.dtype) -> None:
+        """Put the matrix that int8 and scales stand for in their place."""
+        if self.weight_scale is not None:
+            matrix = nn.Parameter(self.matrix(dtype), requires_grad=False)
+            matrix.shard = self.weight.shard  # type: ignore[attr-defined]
+            self.weight, self.weight_scale = matrix, None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight; of int8, the matrix in ``dtype`` that it stands for, made at each call."""
+        return self.weight if self.weight_scale is None else dequantize_rows(self.weight, self.weight_scale, dtype)
+
+
+class ColumnParallelLinear(ParallelLinear):
     """``y = x A^T + b`` with the rows of ``A`` cut over ``group``: each rank gives its part of the outputs.
 
     Args:
@@ -65,17 +100,17 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` (equal on all ranks) -> ``[..., out / size]``."""
-        return self._linear(x, self.weight, self.bias, self.group)
+        return self._linear(x, self.matrix(x.dtype), self.bias, self.group)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The product alone, for a following operator that adds ``bias`` on its way."""
-        return self._linear(x, self.weight, None, self.group)
+        return self._linear(x, self.matrix(x.dtype), None, self.group)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {self.group.rank} of {self.group.size}"
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """``y = x A^T + b`` with the columns of ``A`` cut over ``group``: partial products are summed over the ranks.
 
     Args:
@@ -107,8 +142,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in / size]`` -> ``[..., out]``, equal on all ranks."""
         if self.fused_bias:
-            return linear(x, self.weight, self.bias, SOLO)
-        out = self._reduce(linear(x, self.weight, None, SOLO), self.group)
+            return linear(x, self.matrix(x.dtype), self.bias, SOLO)
+        out = self._reduce(linear(x, self.matrix(x.dtype), None, SOLO), self.group)
         return out if self.bias is None else out + copy_to_group(self.bias, self.sequence)
 
     def extra_repr(self) -> str:

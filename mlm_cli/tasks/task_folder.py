@@ -106,17 +106,18 @@ def save_task_model(
     *,
     meta: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    int8: bool = False,
     later: list[Callable[[], None]] | None = None,
 ) -> dict[str, FileRecord]:
     """Write the model as transformers' class for its task. All ranks call.
 
-    ``later`` and what is returned: as in ``save_model_folder``.
+    ``int8``, ``later`` and what is returned: as in ``save_model_folder``.
     """
     section, settings = model.backbone.config, {key: getattr(task.section, key) for key in task.kept}
     about = {TASK: {"name": task.name, "max_length": task.encoder.max_length, **settings}}
     if model.head is None:
         return save_model_folder(
-            model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, config=about, later=later
+            model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, int8=int8, config=about, later=later
         )
     architecture = task.architecture(section)
     config = {"pad_token_id": task.encoder.pad_id, **task.config(), **about}
@@ -124,20 +125,27 @@ def save_task_model(
     tensors: dict[str, Tensor] = {names[ours]: param.detach().cpu() for ours, param in model.head.named_parameters()}
     head = Head(architecture, tensors, config)
     return save_model_folder(
-        model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, head=head, later=later
+        model.backbone, folder, task.encoder.tokenizer, meta=meta, dtype=dtype, int8=int8, head=head, later=later
     )
 
 
 def load_task_model(
-    folder: Path, parallel: ParallelContext, spec: HeadSpec, *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    parallel: ParallelContext,
+    spec: HeadSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    keep_int8: bool = False,
 ) -> TaskModel:
     """Open a task's model at any tensor size; ours or one that transformers saved.
+
+    ``keep_int8``: as in ``load_model_folder``.
 
     Raises:
         CheckpointError: damaged, or without the head that ``spec`` asks for.
     """
     section, config = read_model_config(folder)
-    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=spec.own)
+    backbone, section = load_model_folder(folder, parallel, dtype=dtype, head=spec.own, keep_int8=keep_int8)
     model = TaskModel(backbone, spec, seed=None)
     if spec.own:
         return model

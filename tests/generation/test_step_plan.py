@@ -14,7 +14,7 @@ from mlm_cli import ops
 from mlm_cli.config.schema import ModelSection
 from mlm_cli.generation.decoder import Decoder
 from mlm_cli.generation.slots import Slots
-from mlm_cli.generation.step_plan import StepPlan, _weights
+from mlm_cli.generation.step_plan import StepPlan, _scales, _weights
 from mlm_cli.models.gpt import GPT
 from mlm_cli.models.registry import build_gpt
 from mlm_cli.parallel.context import ParallelContext
@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-erf-untied": {"activation": "gelu_erf", "tie_embeddings": False},
     "llama": {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "num_query_groups": 2},
+    "wide": {"ffn_hidden_size": 203},  # whole cache lines of a type, whole vectors and a rest
     "odd": {"head_dim": 10, "ffn_hidden_size": 37, "vocab_size": 131, "position": "rotary", "activation": "swiglu"},
 }
 
@@ -108,8 +109,8 @@ def test_tensors_that_do_not_fit_are_refused_in_words() -> None:
     sizes: dict[str, Any] = {"heads": 4, "groups": 4, "dim": 12, "vocab_size": 300}
     sizes |= {"activation": "gelu", "rms": False, "eps": 1e-5}
     model = make("gpt2", torch.float32)
-    weights, cache = _weights(model), Slots(model, 2, 64).tensors
-    ops.DecodeStep(weights, cache, None, **sizes)
+    weights, scales, cache = _weights(model), _scales(model), Slots(model, 2, 64).tensors
+    ops.DecodeStep(weights, scales, cache, None, **sizes)
     for place, wrong, words in (
         (0, weights[0].to(torch.bfloat16), "must be"),
         (5, torch.empty(0), "a norm without a weight"),
@@ -117,13 +118,13 @@ def test_tensors_that_do_not_fit_are_refused_in_words() -> None:
         (8, torch.ones(3), "`qkv bias` must have 144 elements"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            ops.DecodeStep([*weights[:place], wrong, *weights[place + 1 :]], cache, None, **sizes)
+            ops.DecodeStep([*weights[:place], wrong, *weights[place + 1 :]], scales, cache, None, **sizes)
     with pytest.raises(RuntimeError, match="28 weights and 4 caches"):
-        ops.DecodeStep(weights[:-1], cache, None, **sizes)
+        ops.DecodeStep(weights[:-1], scales, cache, None, **sizes)
     with pytest.raises(RuntimeError, match="a cache must be packed"):
-        ops.DecodeStep(weights, [*cache[:3], cache[3][:1]], None, **sizes)
+        ops.DecodeStep(weights, scales, [*cache[:3], cache[3][:1]], None, **sizes)
     with pytest.raises(RuntimeError, match="must be packed float32"):
-        ops.DecodeStep(weights, cache, (torch.ones(64, 12), torch.ones(64, 12)), **sizes)
+        ops.DecodeStep(weights, scales, cache, (torch.ones(64, 12), torch.ones(64, 12)), **sizes)
     with pytest.raises(RuntimeError, match="not a plan"):
         torch.ops.mlm.decode_step(torch.zeros(500, dtype=torch.int64), torch.tensor([1]), torch.tensor([0]))
 
@@ -145,10 +146,14 @@ def test_bad_input_is_refused_in_words() -> None:
 _OTHER_ISA = """
 import torch
 from tests.generation.test_step_plan import Decoder, grow, make
-for name in ("odd", "gpt2"):
+from tests.generation.test_step_plan_int8 import exact, quantized
+for name in ("odd", "wide"):
     model = make(name, torch.float32)
     fused, plain = grow(Decoder(model, 3), 3, 2), grow(Decoder(model, 3, fused=False), 3, 2)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-5)
+    int8 = quantized(name)
+    truth = grow(Decoder(exact(int8, name), 3, fused=False), 3, 2)
+    torch.testing.assert_close(grow(Decoder(int8, 3), 3, 2).double(), truth, rtol=1e-5, atol=2e-5)
 print(torch.ops.mlm.cpu_level())
 """
 
