@@ -14,7 +14,7 @@ import torch
 
 from mlm_cli.errors import UsageError
 from mlm_cli.evaluation.documents import Document
-from mlm_cli.evaluation.perplexity import ScoringModel, Tally, score_rows
+from mlm_cli.evaluation.perplexity import ScoringModel, Tally, padded_losses, score_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,8 @@ def score_ensemble(
     Arguments and errors as ``perplexity.score_documents``.
     """
 
-    def rows(tokens: Tensor, labels: Tensor) -> Tensor:
-        alone = torch.stack([model.token_losses(tokens, labels).double() for model in models])
+    def rows(tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        alone = torch.stack([padded_losses(model, tokens, labels, positions).double() for model in models])
         return torch.cat([mean_token_losses(alone)[None], alone])
 
     return score_rows(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mlm_cli.config.shapes import turns_by_length
 from mlm_cli.errors import DataError, UsageError
 from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.results import TaskResult
@@ -21,6 +22,7 @@ from mlm_cli.evaluation.windows import Window, batch_windows, plan_windows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mlm_cli.config.schema import ModelSection
     from mlm_cli.parallel.context import ParallelContext
 
 VERSION = 1
@@ -29,10 +31,16 @@ VERSION = 1
 class ScoringModel(Protocol):
     """What is needed of a causal language model (``models.gpt.GPT``)."""
 
+    config: ModelSection
     vocab_size: int
     parallel: ParallelContext
 
-    def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor: ...
+    def token_losses(self, tokens: Tensor, labels: Tensor, *, positions: Tensor | None = None) -> Tensor: ...
+
+
+def padded_losses(model: ScoringModel, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    """``token_losses`` of windows padded on the right, as of each by itself; all ``[b, s]``, see ``WindowBatch``."""
+    return model.token_losses(tokens, labels, positions=positions if turns_by_length(model.config) else None)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def score_documents(
         DataError: a token id outside the vocabulary, or nothing to score.
     """
     return score_rows(
-        lambda tokens, labels: model.token_losses(tokens, labels)[None],
+        lambda *windows: padded_losses(model, *windows)[None],
         1,
         model.parallel,
         model.vocab_size,
@@ -82,7 +90,7 @@ def score_documents(
 
 
 def score_rows(
-    losses_of: Callable[[Tensor, Tensor], Tensor],
+    losses_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     num_rows: int,
     parallel: ParallelContext,
     vocab_size: int,
@@ -97,7 +105,7 @@ def score_rows(
     """As ``score_documents``, for ``num_rows`` models at once: a tally each.
 
     Args:
-        losses_of: ``tokens, labels [b, s]`` -> losses ``[num_rows, b, s]``.
+        losses_of: ``tokens, labels, positions [b, s]`` -> losses ``[num_rows, b, s]``.
     """
     import torch
 
@@ -116,8 +124,8 @@ def score_rows(
     data, device = parallel.data, parallel.device
     batches = list(batch_windows(texts, windows, batch_size=batch_size, length=length))[data.rank :: data.size]
     for done, batch in enumerate(batches, 1):
-        tokens, labels = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels))
-        losses = losses_of(tokens, labels)
+        arrays = (batch.tokens, batch.labels, batch.positions)
+        losses = losses_of(*(torch.from_numpy(array).to(device) for array in arrays))
         nll[:, batch.numbers] = torch.where(torch.from_numpy(batch.scored), losses.cpu().double(), 0.0).sum(-1)
         if on_batch is not None:
             on_batch(done, len(batches))

@@ -51,10 +51,14 @@ def padded_length(num_inputs: int, length: int) -> int:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows padded on the right to one shape [b, s]. ``numbers`` [b] are their places in the plan."""
+    """Windows padded on the right to one shape [b, s]. ``numbers`` [b] are their places in the plan.
+
+    ``positions`` [b, s]: padding stands where the last token of its window does, so that it makes no window longer.
+    """
 
     numbers: np.ndarray
     tokens: np.ndarray
+    positions: np.ndarray
     labels: np.ndarray
     scored: np.ndarray
 
@@ -73,10 +77,12 @@ def batch_windows(
         first += len(numbers)
         tokens = np.zeros((len(numbers), size), dtype=np.int64)
         labels, scored = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
+        positions = np.zeros_like(tokens)
         for row, number in enumerate(numbers):
             window = windows[number]
             text, used = texts[window.document], window.end - window.begin
             tokens[row, :used] = text[window.begin : window.end]
             labels[row, :used] = text[window.begin + 1 : window.end + 1]
             scored[row, window.score - window.begin : used] = True
-        yield WindowBatch(numbers, tokens, labels, scored)
+            positions[row] = np.minimum(np.arange(size), used - 1)
+        yield WindowBatch(numbers, tokens, positions, labels, scored)

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.data.tokenizer import load_tokenizer
 from mlm_cli.errors import DataError, NumericsError
+from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.likelihood import Row, encode_rows, score_rows
+from mlm_cli.evaluation.perplexity import score_documents
 from mlm_cli.evaluation.shared_prefix import Batch, Read, plan_rows
 from mlm_cli.parallel.context import ParallelContext
 from tests.generation.folders import save_folder
@@ -120,8 +123,13 @@ def test_positions_that_turn_by_length(tmp_path: Path) -> None:
     common = tuple(rng.randrange(300) for _ in range(60))
     rows = [Row((*common, *(rng.randrange(300) for _ in range(number))), 60) for number in (3, 9, 9, 20, 33)]
     found = score_rows(model, rows, length=120, batch_size=8)
-    for row, one in zip(rows, found, strict=True):
+    documents = [Document(np.array(row.ids), None, None) for row in rows]
+    tally = score_documents(model, documents, length=120, batch_size=8)  # padded to one length
+    for number, (row, one) in enumerate(zip(rows, found, strict=True)):
+        theirs.model.rotary_emb.max_seq_len_cached = 32  # it remembers the longest text, and turns by that
         assert one.total == pytest.approx(by_transformers(theirs, row, 120)[0], rel=1e-4)
+        whole = by_transformers(theirs, Row(row.ids, 1), 120)[0]
+        assert -tally.nll[tally.document == number].sum() == pytest.approx(whole, rel=1e-4)
 
 
 def test_nested_beginnings_need_no_deep_stack() -> None:
