@@ -59,7 +59,8 @@ def main() -> None:
         ours = load_model_folder(Path(folder), ParallelContext.single())[0].eval()
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.reference, eos_token="<|endoftext|>")
     rival = HFLM(pretrained=theirs, tokenizer=plain, batch_size=args.batch)
-    rows = encode_rows(tokenizer, questions(args.requests, args.questions))
+    pairs = questions(args.requests, args.questions)
+    rows = encode_rows(tokenizer, pairs, ["row"] * len(pairs))
     requests = [(("", ""), list(row.ids[: row.begin]), list(row.ids[row.begin :])) for row in rows]
 
     def mine() -> Any:
