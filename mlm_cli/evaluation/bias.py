@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from mlm_cli.errors import DataError, NumericsError
 from mlm_cli.evaluation.documents import Document
 from mlm_cli.evaluation.masked_words import HiddenToken, MaskedModel, hidden_losses
 from mlm_cli.evaluation.perplexity import ScoringModel, score_documents
-from mlm_cli.evaluation.results import TaskResult, standard_error
+from mlm_cli.evaluation.results import TaskResult, json_lines, standard_error
 from mlm_cli.tasks.labelled_text import opened_text
 
 VERSION = 1
@@ -195,4 +194,4 @@ def pair_records(pairs: Sequence[Pair], scores: np.ndarray) -> str:
         }
         for pair, (more, less) in zip(pairs, scores.tolist(), strict=True)
     )  # fmt: skip
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return json_lines(records)

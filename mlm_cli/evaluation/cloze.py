@@ -7,7 +7,6 @@ accuracy (Shoeybi et al. 2019, section 5.3).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import numpy as np
 
 from mlm_cli.data.compressed import PACKED
 from mlm_cli.errors import DataError
+from mlm_cli.evaluation.documents import located_texts
 from mlm_cli.evaluation.likelihood import Likelihood
-from mlm_cli.evaluation.results import TaskResult, standard_error
+from mlm_cli.evaluation.results import TaskResult, json_lines, standard_error
 from mlm_cli.tasks.labelled_text import opened_text
 
 VERSION = 1
@@ -39,35 +39,28 @@ def read_passages(path: str) -> list[Passage]:
     Raises:
         DataError: no such file, not UTF-8, a malformed line, a passage of one word, no passages.
     """
-    name = Path(path)
-    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
-    with opened_text(name) as lines:
-        found = list(_passages(lines, path, as_json=suffix in (".jsonl", ".json")))
+    found = [_passage(text, where) for where, text in _located(path)]
     if not found:
         raise DataError(f"{path} holds no passages")
     return found
 
 
-def _passages(lines: Iterator[str], path: str, *, as_json: bool) -> Iterator[Passage]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        text = _text_of(line, where) if as_json else line
-        context, space, word = text.strip().rpartition(" ")
-        if not context.strip():
-            raise DataError(f"{where}: a passage has two words or more: the last is to be guessed from the others")
-        yield Passage(context, space + word, where)
+def _located(path: str) -> Iterator[tuple[str, str]]:
+    """Where each passage stands, and its text."""
+    name = Path(path)
+    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+    if suffix in (".jsonl", ".json"):
+        yield from located_texts(name)
+        return
+    with opened_text(name) as lines:
+        yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise DataError(f'{where}: not a JSON object with a "text"')
-    return text
+def _passage(text: str, where: str) -> Passage:
+    context, space, word = text.strip().rpartition(" ")
+    if not context.strip():
+        raise DataError(f"{where}: a passage has two words or more: the last is to be guessed from the others")
+    return Passage(context, space + word, where)
 
 
 def cloze_result(
@@ -95,4 +88,4 @@ def cloze_records(passages: Sequence[Passage], found: Sequence[Likelihood]) -> s
         {"where": passage.where, "target": passage.target, "log_likelihood": one.total, "greedy": one.greedy}
         for passage, one in zip(passages, found, strict=True)
     )
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return json_lines(records)

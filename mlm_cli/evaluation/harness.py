@@ -49,6 +49,7 @@ class Served:
     Args:
         length: tokens of context.
         end_ids: ids that end a text.
+        on_done: told (rows or texts done, in all) of this rank.
 
     Attributes:
         failed: what was asked of the model ended in an error.
@@ -62,7 +63,7 @@ class Served:
         length: int,
         batch_size: int,
         end_ids: frozenset[int],
-        on_done: Callable[[str, int, int], None] = lambda *_: None,
+        on_done: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         self.tokenizer, self.length, self.failed = tokenizer, length, False
         self._model, self._batch_size, self._end_ids, self._on_done = model, batch_size, end_ids, on_done
@@ -112,7 +113,7 @@ class Served:
                 given,
                 length=self.length,
                 batch_size=self._batch_size,
-                on_row=lambda done, total: self._on_done("likelihoods", done, total),
+                on_row=self._on_done,
             )
             return [(one.total, one.greedy) for one in found]
         end = self._end_ids
@@ -124,7 +125,7 @@ class Served:
             Settings(Sampling(temperature=0.0)),
             batch_size=self._batch_size,
             max_length=self.length,
-            on_text=lambda done, total: self._on_done("texts", done, total),
+            on_text=self._on_done,
         )
         return [answers[number] for number in range(len(prompts))]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlm_cli.errors import DataError
 from mlm_cli.evaluation.likelihood import Likelihood, Row
-from mlm_cli.evaluation.results import TaskResult, standard_error
+from mlm_cli.evaluation.results import TaskResult, json_lines, standard_error
 from mlm_cli.tasks.labelled_text import opened_text
 
 VERSION = 1
@@ -206,11 +206,11 @@ def ranked_records(questions: Sequence[Question], scores: Sequence[Sequence[Like
     records = []
     for question, found in zip(questions, scores, strict=True):
         totals = [one.total for one in found]
-        record = {
+        record: dict[str, Any] = {
             "task": question.task, "where": question.where, "choices": question.choices, "label": question.label,
             "log_likelihoods": totals[: len(question.choices)],
         }  # fmt: skip
         if question.bare is not None:
             record["without_question"] = totals[len(question.choices) :]
-        records.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return "".join(records)
+        records.append(record)
+    return json_lines(records)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,11 @@ def _entry(task: TaskResult) -> dict[str, Any]:
         entry[f"{name},{filtered}"] = value if math.isfinite(value) else str(value)
         entry[f"{name}_stderr,{filtered}"] = error if error is not None and math.isfinite(error) else "N/A"
     return entry
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """A line of JSON for each record."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def write_results(document: Mapping[str, Any], path: Path) -> None:

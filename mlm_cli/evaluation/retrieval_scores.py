@@ -7,14 +7,13 @@ answer's words in any text; here its place is known).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlm_cli.errors import DataError
-from mlm_cli.evaluation.results import TaskResult, standard_error
+from mlm_cli.evaluation.results import TaskResult, json_lines, standard_error
 from mlm_cli.generation.passages import Document, Passages
 from mlm_cli.tasks.squad import Question, read_squad
 
@@ -102,4 +101,4 @@ def retrieval_records(asked: RetrievalQuestions, found: np.ndarray) -> str:
         {"id": question.id, "question": question.question, "rank": int(rank) if np.isfinite(rank) else None}
         for question, rank in zip(asked.questions, found.tolist())
     ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return json_lines(lines)

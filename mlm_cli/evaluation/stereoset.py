@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from mlm_cli.data.special_tokens import bert_tokens
+from mlm_cli.data.special_tokens import Frame, bert_tokens
 from mlm_cli.data.tokenizer import Tokenizer
 from mlm_cli.errors import DataError, NumericsError
 from mlm_cli.evaluation.likelihood import Row, score_rows
 from mlm_cli.evaluation.masked_words import HiddenToken, MaskedModel, hidden_losses
-from mlm_cli.evaluation.results import TaskResult
+from mlm_cli.evaluation.results import TaskResult, json_lines
 from mlm_cli.models.gpt import GPT
 from mlm_cli.tasks.labelled_text import opened_text
 
@@ -106,13 +106,13 @@ def causal_scores(
     Raises:
         DataError: a tokenizer without a token that begins a document; a sentence too long.
     """
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eod_id
-    if start is None:
+    start = Frame(tokenizer).around([])
+    if not start:
         raise DataError(f"tokenizer `{tokenizer.spec}` has no token that begins a document")
     encoded = tokenizer.encode_batch([sentence for cluster in clusters for sentence in cluster.sentences])
     rows, owners = [], []
     for number, ids in enumerate(encoded):
-        rows.append(Row((start, ids[0]), 1))
+        rows.append(Row((*start, ids[0]), 1))
         owners.append(number)
         if len(ids) > 1:
             rows.append(Row(tuple(ids), 1))
@@ -215,4 +215,4 @@ def cluster_records(clusters: Sequence[Cluster], scores: np.ndarray) -> str:
         }
         for cluster, found in zip(clusters, scores.tolist(), strict=True)
     )  # fmt: skip
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return json_lines(records)

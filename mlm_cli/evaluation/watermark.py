@@ -8,7 +8,6 @@ what is quoted over and over is no evidence over and over.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from mlm_cli.errors import DataError
 from mlm_cli.evaluation.documents import files_of, located_texts
-from mlm_cli.evaluation.results import TaskResult, standard_error
+from mlm_cli.evaluation.results import TaskResult, json_lines, standard_error
 from mlm_cli.generation.watermark import Watermark, green_lists
 
 VERSION = 1
@@ -141,4 +140,4 @@ def text_records(texts: Sequence[tuple[str, str]], counts: Sequence[Count], dete
         }
         for (where, text), count in zip(texts, counts, strict=True)
     )
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return json_lines(records)

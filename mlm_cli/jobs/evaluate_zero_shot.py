@@ -161,7 +161,7 @@ def _harness(names: Sequence[str], asked: _Asked) -> tuple[list[TaskResult], dic
             length=asked.length,
             batch_size=request.batch_size,
             end_ids=end_ids(asked.folder, asked.tokenizer),
-            on_done=lambda _kind, done, total: progress.update(done, total),
+            on_done=progress.update,
         )
         return run_harness(
             served,

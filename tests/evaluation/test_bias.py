@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.cli.app import run as mlm
@@ -20,9 +19,8 @@ from mlm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_cli.errors import DataError, NumericsError, UsageError
 from mlm_cli.evaluation.bias import Pair, bias_result, causal_scores, common, masked_scores, read_pairs
 from mlm_cli.jobs import evaluate
-from mlm_cli.jobs.tokenizer import TrainRequest, train
 from mlm_cli.parallel.context import ParallelContext
-from tests.generation.folders import save_folder
+from tests.generation.folders import save_bert, save_folder
 
 PAIRS = [
     Pair("The old man could not use a phone.", "The young man could not use a phone.", "stereo", "age", "f:2"),
@@ -43,17 +41,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("bert") / "model"
-    text = folder.with_name("text.txt")
-    text.write_text("\n".join(TEXTS))
-    train(TrainRequest((str(text),), str(folder), "wordpiece", 120, special_tokens="bert"))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=load_tokenizer(str(folder)).vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=40, initializer_range=0.3,
-    )  # fmt: skip
-    model = transformers.BertForMaskedLM(config).eval()
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_bert(folder, TEXTS, 120)
 
 
 def load(folder: Path, parallel: ParallelContext) -> tuple[Any, Tokenizer]:

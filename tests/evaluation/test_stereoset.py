@@ -28,9 +28,8 @@ from mlm_cli.evaluation.stereoset import (
     stereoset_result,
 )
 from mlm_cli.jobs import evaluate
-from mlm_cli.jobs.tokenizer import TrainRequest, train
 from mlm_cli.parallel.context import ParallelContext
-from tests.generation.folders import save_folder
+from tests.generation.folders import save_bert, save_folder
 
 
 def item(target: str, kind: str, context: str, words: tuple[str, str, str]) -> dict[str, Any]:
@@ -61,17 +60,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("bert") / "model"
-    text = folder.with_name("text.txt")
-    text.write_text("\n".join(TEXTS))
-    train(TrainRequest((str(text),), str(folder), "wordpiece", 110, special_tokens="bert"))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=load_tokenizer(str(folder)).vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=40, initializer_range=0.3,
-    )  # fmt: skip
-    model = transformers.BertForMaskedLM(config).eval()
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_bert(folder, TEXTS, 110)
 
 
 @pytest.fixture

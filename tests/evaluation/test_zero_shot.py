@@ -251,8 +251,8 @@ def test_bad_questions(tmp_path: Path, text: str, said: str) -> None:
     [
         ("p.txt", "\n", "holds no passages"),
         ("p.txt", "two words\nword\n", r"p\.txt:2: a passage has two words"),
-        ("p.jsonl", '{"text": "a b"}\n{"txt": "a b"}\n', r"p\.jsonl:2: not a JSON object with a"),
-        ("p.jsonl", "[]\n", r"p\.jsonl:1: not a JSON object"),
+        ("p.jsonl", '{"text": "a b"}\n{"txt": "a b"}\n', r"p\.jsonl:2 has no text under the key `text`"),
+        ("p.jsonl", "[]\n", r"p\.jsonl:1 has no text under the key `text`"),
     ],
 )
 def test_bad_passages(tmp_path: Path, name: str, text: str, said: str) -> None:

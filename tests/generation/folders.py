@@ -9,6 +9,9 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mlm_cli.data.tokenizer import load_tokenizer
+from mlm_cli.jobs.tokenizer import TrainRequest, train
+
 END = "<|endoftext|>"
 
 
@@ -47,6 +50,21 @@ def save_model(folder: Path, kind: str, vocab_size: int = 400, context: int = 96
                 param.normal_(std=1.0)
     model.generation_config.eos_token_id = 0
     model.eval().save_pretrained(folder)
+    return model
+
+
+def save_bert(folder: Path, texts: list[str], vocab_size: int, context: int = 40) -> transformers.PreTrainedModel:
+    """A random masked language model and a WordPiece tokenizer trained on the texts."""
+    text = folder.with_name("text.txt")
+    text.write_text("\n".join(texts))
+    train(TrainRequest((str(text),), str(folder), "wordpiece", vocab_size, special_tokens="bert"))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=load_tokenizer(str(folder)).vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=context, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config).eval()
+    model.save_pretrained(folder)
     return model
 
 

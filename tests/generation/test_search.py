@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 
 from mlm_cli.checkpoint.hub import load_model_folder
 from mlm_cli.config.requests import GenerateRequest
@@ -23,30 +22,13 @@ from mlm_cli.generation.sampling import Sampling
 from mlm_cli.jobs import generate
 from mlm_cli.models.model import Model
 from mlm_cli.parallel.context import ParallelContext
-from tests.generation.folders import save_folder, save_tokenizer
-from tests.generation.test_encoder_decoder import make_t5
-from tests.generation.test_generator import PROMPTS, TEXTS, Numbers
-
-T5_PROMPTS = [[5, 9, 200, 31, 1], [17, 1], list(range(40, 140)), [300, 2, 2, 300, 2, 1], [399, 1], [8, 8, 8]]
+from tests.generation.pairs import KINDS, Pair, make_pair
+from tests.generation.test_generator import Numbers
 
 
-class Pair(NamedTuple):
-    """A model folder and the same model in `transformers`, with prompts, and what ends and begins its texts."""
-
-    folder: Path
-    theirs: transformers.PreTrainedModel
-    prompts: list[list[int]]
-    end: int
-    start: int | None
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama", "t5"])
+@pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "t5":
-        save_tokenizer(folder, TEXTS)
-        return Pair(folder, make_t5(folder, "v1.0"), T5_PROMPTS, 1, 0)
-    return Pair(folder, save_folder(folder, request.param, TEXTS), PROMPTS, 0, None)
+    return make_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def load(folder: Path, parallel: ParallelContext) -> Model:

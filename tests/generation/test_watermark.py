@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +25,8 @@ from mlm_cli.generation.prompts import Prompt
 from mlm_cli.generation.sampling import Sampling, choose, draw
 from mlm_cli.generation.watermark import Watermark, green_lists
 from mlm_cli.parallel.context import ParallelContext
-from tests.generation.folders import save_folder, save_tokenizer
-from tests.generation.test_encoder_decoder import make_t5
-from tests.generation.test_generator import PROMPTS, TEXTS, Numbers
-from tests.generation.test_search import T5_PROMPTS
+from tests.generation.pairs import KINDS, Pair, make_pair
+from tests.generation.test_generator import Numbers
 
 KEY = 15485863  # the one that transformers has when no other is given
 NO_BOS = transformers.GPT2Config(vocab_size=400, bos_token_id=-1)
@@ -110,23 +108,9 @@ def test_the_mark_comes_last_as_in_transformers() -> None:
     assert len(set(found)) == 15
 
 
-class Pair(NamedTuple):
-    """A model folder and the same model in `transformers`, with prompts, and what ends and begins its texts."""
-
-    folder: Path
-    theirs: transformers.PreTrainedModel
-    prompts: list[list[int]]
-    end: int
-    start: int | None
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama", "t5"])
+@pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "t5":
-        save_tokenizer(folder, TEXTS)
-        return Pair(folder, make_t5(folder, "v1.0"), T5_PROMPTS, 1, 0)
-    return Pair(folder, save_folder(folder, request.param, TEXTS), PROMPTS, 0, None)
+    return make_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def answers(
